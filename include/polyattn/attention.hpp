@@ -1,0 +1,464 @@
+#pragma once
+
+#include <polyattn/backend/head.hpp>
+#include <polyattn/backend/reference/attention.hpp>
+#include <polyattn/backend/simd/attention.hpp>
+#include <polyattn/interface/adapt.hpp>
+#include <polyattn/policy/set.hpp>
+
+#include <optional>
+
+POLYATTN_BEGIN_NAMESPACE
+
+/// What one call may set; nothing of it changes the layer.
+struct CallOptions {
+    /// Valid keys of each batch item; the keys behind are padding and have weight 0. Empty: all.
+    std::vector<index_t> key_lengths = {};
+    /// Valid queries of each batch item; the outputs behind are 0. Empty: as key_lengths if there are as many queries as keys
+    /// (self-attention), else all.
+    std::vector<index_t> query_lengths = {};
+    /// What samplers and dropout draw from.
+    Draw draw = {};
+    /// Training only.
+    Dropout dropout = {};
+    /// Used instead of the pattern's and sampler's own.
+    std::optional<Plan> plan = {};
+    /// Scratch memory to reuse; one call at a time.
+    Workspace* workspace = nullptr;
+    /// Bytes a head's stored weights may take under diffusion; beyond, every hop computes them again.
+    std::size_t weight_budget = std::size_t{256} << 20;
+    /// into() adds to what the output holds: a residual connection.
+    bool accumulate = false;
+};
+
+/// What backward needs of a forward pass. Owns copies of q, k, v, or borrows them if raw views were given.
+template <class T>
+class Saved {
+public:
+    TensorView<const T> q() const { return view(q_, borrowed_[0]); }
+    TensorView<const T> k() const { return view(k_, borrowed_[1]); }
+    TensorView<const T> v() const { return view(v_, borrowed_[2]); }
+    const Plan& plan() const { return plan_; }
+    /// [batch * heads * queries], natural log.
+    std::span<const T> logsumexp() const { return logsumexp_; }
+
+private:
+    template <class...>
+    friend class AttentionLayer;
+
+    static TensorView<const T> view(const std::optional<Tensor<T>>& owned, const TensorView<const T>& borrowed) { return owned ? owned->view() : borrowed; }
+
+    std::optional<Tensor<T>> q_, k_, v_;
+    std::array<TensorView<const T>, 3> borrowed_{};
+    Plan plan_;
+    CallOptions options_;
+    std::vector<T> logsumexp_;
+    std::vector<T> hops_;  // [batch * heads][K][queries][value dim]
+};
+
+/// Gradients with the shapes of q, k and v, and of the bias table (empty if the bias is not learned).
+template <class TensorType>
+struct Gradients {
+    TensorType q, k, v;
+    std::vector<double> bias;
+};
+
+template <class TensorType, class T>
+struct Forward {
+    TensorType out;
+    Saved<T> saved;
+};
+
+template <class TensorType, class LogsumexpType>
+struct OutputAndLogsumexp {
+    TensorType out;
+    LogsumexpType logsumexp;
+};
+
+/// The layer behind Attention<...>, with the policies sorted by kind.
+template <class... Kinds>
+class AttentionLayer;
+
+template <class Pattern, class Sampler, class Diffusion, class Score, class Bias, class Backend>
+class AttentionLayer<Pattern, Sampler, Diffusion, Score, Bias, Backend> {
+public:
+    template <class... Policies>
+    explicit AttentionLayer(std::tuple<Policies...> policies)
+        : pattern_(take<Pattern>(policies)), sampler_(take<Sampler>(policies)), diffusion_(take<Diffusion>(policies)), score_(take<Score>(policies)),
+          bias_(take<Bias>(policies)), cache_(std::make_shared<PlanCache>()) {
+        detail::validate(pattern_);
+        detail::validate(sampler_);
+        detail::validate(diffusion_);
+        detail::validate(score_);
+        detail::validate(bias_);
+        recursion_ = diffusion_.recursion();
+        check_recursion();
+    }
+
+    const Pattern& pattern() const { return pattern_; }
+    const Diffusion& diffusion() const { return diffusion_; }
+    const Bias& bias() const { return bias_; }
+    const Recursion& recursion() const { return recursion_; }
+
+    /// Which keys each query sees. Built once for each (queries, keys, draw of the sampler) and kept; copies of a layer share it.
+    /// Throws invalid_input if the pattern does not exist for these numbers.
+    Plan plan(index_t queries, index_t keys, const Draw& draw = {}) const {
+        const typename PlanCache::Key key{queries, keys, samples ? draw : Draw{}};
+        const std::lock_guard lock(cache_->mutex);
+        for (const auto& [known, plan] : cache_->plans)
+            if (known == key) return plan;
+        Plan made = make_plan(queries, keys, draw);
+        if (cache_->plans.size() == PlanCache::capacity) cache_->plans.erase(cache_->plans.begin());
+        cache_->plans.emplace_back(key, made);
+        return made;
+    }
+
+    /// out = polynomial in A of V.
+    /// Shapes: q [.., heads, queries, d], k [.., key heads, keys, d], v [.., key heads, keys, e] -> [.., heads, queries, e], rank
+    /// 2 to 4, any expressions of xtensor or raw views (tensor_view); key heads divide heads (grouped-query attention).
+    /// Throws invalid_input. Bitwise the same for any number of threads. O(pairs (d + K e)) flops, O(n (d + e)) memory and one
+    /// head's weights a thread (at most CallOptions::weight_budget). Source: Diffuser (AAAI 2023), "attention diffusion".
+    template <class Q, class K, class V>
+    auto operator()(const Q& q, const K& k, const V& v, const CallOptions& options = {}) const {
+        using T = common_element<Q, K, V>;
+        const detail::Adapted<T> aq(q, "q"), ak(k, "k"), av(v, "v");
+        check_shapes(aq.view(), ak.view(), av.view());
+        auto out = detail::make_result<Q, T>(detail::shape_like(aq.view(), {aq.view().tokens(), av.view().dim()}));
+        run<T>(aq.view(), ak.view(), av.view(), memory_of(out), options, nullptr, nullptr, false);
+        return out;
+    }
+
+    /// The same, and log(sum_j exp(score_ij)) of every query, natural log, [.., heads, queries]; -inf for a query without keys.
+    template <class Q, class K, class V>
+    auto with_logsumexp(const Q& q, const K& k, const V& v, const CallOptions& options = {}) const {
+        using T = common_element<Q, K, V>;
+        const detail::Adapted<T> aq(q, "q"), ak(k, "k"), av(v, "v");
+        check_shapes(aq.view(), ak.view(), av.view());
+        auto out = detail::make_result<Q, T>(detail::shape_like(aq.view(), {aq.view().tokens(), av.view().dim()}));
+        auto logsumexp = detail::make_result<Q, T, 1>(detail::shape_like(aq.view(), {aq.view().tokens()}));
+        run<T>(aq.view(), ak.view(), av.view(), memory_of(out), options, logsumexp.data(), nullptr, false);
+        return OutputAndLogsumexp<decltype(out), decltype(logsumexp)>{std::move(out), std::move(logsumexp)};
+    }
+
+    /// The same, written to `out`, which must not overlap the inputs: a tensor or view with memory, or a raw view. With a plan
+    /// and a workspace in `options` and inputs that have memory, a repeated call allocates nothing.
+    template <class Out, class Q, class K, class V>
+    void into(Out&& out, const Q& q, const K& k, const V& v, const CallOptions& options = {}) const {
+        using T = common_element<Q, K, V>;
+        static_assert(detail::has_memory<Out>, "polyattn: into() writes to tensors, views with strides, or raw views; assign other expressions from the result");
+        static_assert(std::is_same_v<detail::element_t<Out>, T>, "polyattn: out must have the inputs' value type");
+        const detail::Adapted<T> aq(q, "q"), ak(k, "k"), av(v, "v");
+        run<T>(aq.view(), ak.view(), av.view(), detail::memory_view(out, "out"), options, nullptr, nullptr, options.accumulate);
+    }
+
+    /// Forward pass for training: the output and what backward() needs. Memory O(K n e) a head for Z_1 .. Z_K.
+    template <class Q, class K, class V>
+    auto forward(const Q& q, const K& k, const V& v, const CallOptions& options = {}) const {
+        using T = common_element<Q, K, V>;
+        const detail::Adapted<T> aq(q, "q"), ak(k, "k"), av(v, "v");
+        check_shapes(aq.view(), ak.view(), av.view());
+        auto out = detail::make_result<Q, T>(detail::shape_like(aq.view(), {aq.view().tokens(), av.view().dim()}));
+        Saved<T> saved;
+        if constexpr (detail::is_raw_view<Q> && detail::is_raw_view<K> && detail::is_raw_view<V>) saved.borrowed_ = {aq.view(), ak.view(), av.view()};
+        else {
+            saved.q_ = copy_of(aq.view());
+            saved.k_ = copy_of(ak.view());
+            saved.v_ = copy_of(av.view());
+        }
+        saved.options_ = options;
+        saved.options_.workspace = nullptr;
+        saved.plan_ = plan_for(options, aq.view().tokens(), ak.view().tokens());
+        const auto lines = static_cast<std::size_t>(aq.view().batch()) * static_cast<std::size_t>(aq.view().heads()) * static_cast<std::size_t>(aq.view().tokens());
+        saved.logsumexp_.resize(lines);
+        saved.hops_.resize(lines * recursion_.hops.size() * static_cast<std::size_t>(av.view().dim()));
+        run<T>(aq.view(), ak.view(), av.view(), memory_of(out), options, saved.logsumexp_.data(), saved.hops_.data(), false);
+        return Forward<decltype(out), T>{std::move(out), std::move(saved)};
+    }
+
+    /// Gradients of q, k, v and a learned bias from d_out = dL/dout. Repeatable; deterministic, without atomics.
+    /// Throws invalid_input unless d_out has the output's shape. (4 K + 4) d flops a pair. Source: Diffuser (AAAI 2023), adjoint.
+    template <class T, class D>
+    auto backward(const Saved<T>& saved, const D& d_out, const CallOptions& options = {}) const {
+        static_assert(std::is_same_v<detail::element_t<D>, T>, "polyattn: d_out must have the inputs' value type");
+        const detail::Adapted<T> ad(d_out, "d_out");
+        const TensorView<const T> q = saved.q(), k = saved.k(), v = saved.v(), d = ad.view();
+        require_shape(d, {q.extents[0], q.extents[1], q.extents[2], v.extents[3]}, q.rank, "d_out");
+        const auto zero = [](auto tensor) {
+            std::fill_n(tensor.data(), tensor_size(tensor), T(0));
+            return tensor;
+        };
+        auto d_q = zero(detail::make_result<D, T>(detail::shape_like(q, {q.tokens(), q.dim()})));
+        auto d_k = zero(detail::make_result<D, T>(detail::shape_like(k, {k.tokens(), k.dim()})));
+        auto d_v = zero(detail::make_result<D, T>(detail::shape_like(v, {v.tokens(), v.dim()})));
+        const auto bound = detail::bind_bias(bias_, q.tokens(), k.tokens());
+        std::vector<double> d_bias;
+        if constexpr (LearnedBias<decltype(bound)>) d_bias.resize(bound.gradient_size(), 0.);
+
+        Workspace own;
+        Workspace& workspace = options.workspace ? *options.workspace : own;
+        const index_t group = k.heads() == 0 ? 0 : q.heads() / k.heads();
+        const offset_t items = offset_t{k.batch()} * k.heads();
+        // One item after the other adds its own sums, so the order does not depend on threads.
+        std::vector<double> bias_parts(static_cast<std::size_t>(items) * d_bias.size(), 0.);
+        const TensorView<T> vq = memory_of(d_q), vk = memory_of(d_k), vv = memory_of(d_v);
+        for_each_item(items, workspace, [&](offset_t item, detail::Workers& workers) {
+            const auto b = static_cast<index_t>(item / k.heads()), kh = static_cast<index_t>(item % k.heads());
+            for (index_t h = kh * group; h < (kh + 1) * group; ++h) {
+                const offset_t line = offset_t{b} * q.heads() + h;
+                const auto head = make_head<T>(q, k, v, saved.plan_, bound, saved.options_, b, h, kh);
+                detail::HeadGradient<T> gradient{d.head(b, h), saved.logsumexp_.data() + line * q.tokens(),
+                                                 saved.hops_.data() + line * static_cast<offset_t>(recursion_.hops.size()) * q.tokens() * v.dim(),
+                                                 vq.head(b, h), vk.head(b, kh), vv.head(b, kh),
+                                                 std::span<double>(bias_parts).subspan(static_cast<std::size_t>(item) * d_bias.size(), d_bias.size())};
+                detail::Workers scratch = workers.nested();
+                if constexpr (std::is_same_v<Backend, Reference>) detail::reference::backward(head, gradient, scratch);
+                else detail::simd::backward<Arch>(head, gradient, scratch);
+            }
+        });
+        for (std::size_t at = 0; at < bias_parts.size(); ++at) d_bias[at % d_bias.size()] += bias_parts[at];
+        return Gradients<decltype(d_q)>{std::move(d_q), std::move(d_k), std::move(d_v), std::move(d_bias)};
+    }
+
+    /// Does all the checks of a call and returns its plan.
+    template <class Q, class K, class V>
+    Plan checked_plan(const Q& q, const K& k, const V& v, const CallOptions& options) const {
+        using T = common_element<Q, K, V>;
+        const detail::Adapted<T> aq(q, "q"), ak(k, "k"), av(v, "v");
+        return check<T>(aq.view(), ak.view(), av.view(), options);
+    }
+
+private:
+    static constexpr bool samples = !std::is_same_v<Sampler, AllSources>;
+    template <class B>
+    struct arch_of {
+        using type = void;
+    };
+    template <class A>
+    struct arch_of<Simd<A>> {
+        using type = detail::simd::arch_or_default<A>;
+    };
+    using Arch = typename arch_of<Backend>::type;
+
+    struct PlanCache {
+        static constexpr std::size_t capacity = 8;
+        struct Key {
+            index_t queries, keys;
+            Draw draw;
+            friend bool operator==(const Key&, const Key&) = default;
+        };
+        std::mutex mutex;
+        std::vector<std::pair<Key, Plan>> plans;
+    };
+
+    template <class P, class... Policies>
+    static P take(std::tuple<Policies...>& policies) {
+        if constexpr ((std::is_same_v<P, Policies> || ...)) return std::move(std::get<P>(policies));
+        else return P{};
+    }
+
+    template <class Q, class K, class V>
+    struct same_elements {
+        using T = detail::element_t<Q>;
+        static_assert(std::is_same_v<T, float> || std::is_same_v<T, double>, "polyattn: tensors of float or double are wanted; cast q, k and v");
+        static_assert(std::is_same_v<T, detail::element_t<K>> && std::is_same_v<T, detail::element_t<V>>, "polyattn: q, k and v must have one value type; cast them");
+    };
+    template <class Q, class K, class V>
+    using common_element = typename same_elements<Q, K, V>::T;
+
+    template <class Result>
+    static auto memory_of(Result& result) {
+        if constexpr (requires { result.view(); }) return result.view();
+        else return detail::memory_view(result, "out");
+    }
+    template <class Result>
+    static std::size_t tensor_size(const Result& result) {
+        if constexpr (requires { result.values; }) return result.values.size();
+        else return result.size();
+    }
+    template <class T>
+    static Tensor<T> copy_of(const TensorView<const T>& view) {
+        Tensor<T> copy(detail::shape_like(view, {view.tokens(), view.dim()}));
+        T* to = copy.data();
+        for (index_t b = 0; b < view.batch(); ++b)
+            for (index_t h = 0; h < view.heads(); ++h) {
+                const auto head = view.head(b, h);
+                for (index_t i = 0; i < head.rows; ++i)
+                    for (index_t c = 0; c < head.cols; ++c) *to++ = head(i, c);
+            }
+        return copy;
+    }
+
+    void check_recursion() const {
+        const auto check = [](double factor) { detail::require(detail::is_finite(factor), "recursion", "finite factors", "one that is not"); };
+        check(recursion_.start);
+        for (const Hop& hop : recursion_.hops) {
+            check(hop.walk);
+            check(hop.teleport);
+        }
+    }
+    /// A V alone has any number of queries; everything else feeds outputs back as values.
+    bool needs_square() const { return recursion_.hops.size() != 1 || recursion_.hops[0].teleport != 0; }
+
+    template <class T>
+    static void require_shape(const TensorView<T>& view, const std::array<index_t, 4>& extents, int rank, const char* argument) {
+        const TensorView<T> wanted{nullptr, extents, {}, rank};
+        if (view.extents != extents || view.rank != rank) throw invalid_input(argument, detail::shape_text(wanted), detail::shape_text(view));
+    }
+
+    template <class T>
+    void check_shapes(const TensorView<const T>& q, const TensorView<const T>& k, const TensorView<const T>& v) const {
+        detail::require(q.dim() >= 1, "q", "a head dimension >= 1", q.dim());
+        detail::require(k.heads() == q.heads() || (k.heads() > 0 && q.heads() % k.heads() == 0), "k",
+                        ("a number of heads that divides q's " + std::to_string(q.heads())).c_str(), k.heads());
+        require_shape(k, {q.extents[0], k.extents[1], k.extents[2], q.extents[3]}, q.rank, "k");
+        require_shape(v, {q.extents[0], k.extents[1], k.extents[2], v.extents[3]}, q.rank, "v");
+        if (needs_square() && q.tokens() != k.tokens())
+            throw invalid_input("k", "as many keys as queries for diffusion, " + std::to_string(q.tokens()), std::to_string(k.tokens()));
+        if constexpr (requires { bias_.check_heads(q.heads()); }) bias_.check_heads(q.heads());
+    }
+
+    static void check_lengths(const std::vector<index_t>& lengths, index_t batch, index_t tokens, const char* argument) {
+        if (lengths.empty()) return;
+        detail::require(lengths.size() == static_cast<std::size_t>(batch), argument, ("one length for each of " + std::to_string(batch) + " batch items").c_str(), lengths.size());
+        for (const index_t length : lengths)
+            detail::require(length >= 0 && length <= tokens, argument, ("lengths from 0 to " + std::to_string(tokens)).c_str(), length);
+    }
+
+    Plan make_plan(index_t queries, index_t keys, const Draw& draw) const {
+        if constexpr (!samples) return pattern_.plan(queries, keys);
+        else {
+            const Plan sampled = sampler_.sample(queries, keys, draw, detail::is_causal<Pattern>());
+            if constexpr (std::is_same_v<Pattern, Dense>) return sampled;
+            else return intersect(pattern_.plan(queries, keys), sampled);
+        }
+    }
+    Plan plan_for(const CallOptions& options, index_t queries, index_t keys) const {
+        if (!options.plan) return plan(queries, keys, options.draw);
+        if (options.plan->queries() != queries || options.plan->keys() != keys)
+            throw invalid_input("plan", std::to_string(queries) + " queries x " + std::to_string(keys) + " keys",
+                                std::to_string(options.plan->queries()) + " x " + std::to_string(options.plan->keys()));
+        return *options.plan;
+    }
+
+    template <class T>
+    Plan check(const TensorView<const T>& q, const TensorView<const T>& k, const TensorView<const T>& v, const CallOptions& options) const {
+        check_shapes(q, k, v);
+        check_lengths(options.key_lengths, q.batch(), k.tokens(), "key_lengths");
+        check_lengths(options.query_lengths, q.batch(), q.tokens(), "query_lengths");
+        options.dropout.validate();
+        return plan_for(options, q.tokens(), k.tokens());
+    }
+
+    template <class T, class Bound>
+    detail::Head<T, Bound> make_head(const TensorView<const T>& q, const TensorView<const T>& k, const TensorView<const T>& v, const Plan& plan, const Bound& bound,
+                                     const CallOptions& options, index_t b, index_t h, index_t kh) const {
+        const auto item = static_cast<std::size_t>(b);
+        const index_t keys = options.key_lengths.empty() ? k.tokens() : options.key_lengths[item];
+        const index_t queries = !options.query_lengths.empty() ? options.query_lengths[item] : q.tokens() == k.tokens() ? keys : q.tokens();
+        return {q.head(b, h), k.head(b, kh), v.head(b, kh), &plan, &recursion_, &bound, score_.factor(q.dim()), b, h, queries, keys,
+                detail::DropoutMask(options.dropout, options.draw, offset_t{b} * q.heads() + h), options.weight_budget};
+    }
+
+    /// f(item, workers): items side by side, or, when there are fewer than threads, one after the other with all threads inside.
+    template <class F>
+    static void for_each_item(offset_t items, Workspace& workspace, F&& f) {
+        const int threads = worker_count();
+        workspace.prepare(threads);
+        if (items >= threads)
+            parallel_for(items, [&](offset_t item, int worker) {
+                detail::Workers workers(workspace, worker, 1);
+                f(item, workers);
+            });
+        else
+            for (offset_t item = 0; item < items; ++item) {
+                detail::Workers workers(workspace, 0, threads);
+                f(item, workers);
+            }
+    }
+
+    template <class T>
+    void run(const TensorView<const T>& q, const TensorView<const T>& k, const TensorView<const T>& v, const TensorView<T>& out, const CallOptions& options, T* logsumexp,
+             T* hops, bool accumulate) const {
+        const Plan plan = check<T>(q, k, v, options);
+        require_shape(out, {q.extents[0], q.extents[1], q.extents[2], v.extents[3]}, q.rank, "out");
+        const auto bound = detail::bind_bias(bias_, q.tokens(), k.tokens());
+        Workspace own;
+        Workspace& workspace = options.workspace ? *options.workspace : own;
+        const index_t group = k.heads() == 0 ? 1 : q.heads() / k.heads();
+        const auto lines = static_cast<offset_t>(recursion_.hops.size()) * q.tokens() * v.dim();
+        for_each_item(offset_t{q.batch()} * q.heads(), workspace, [&](offset_t item, detail::Workers& workers) {
+            const auto b = static_cast<index_t>(item / q.heads()), h = static_cast<index_t>(item % q.heads());
+            const auto head = make_head<T>(q, k, v, plan, bound, options, b, h, h / group);
+            const detail::HeadResult<T> result{out.head(b, h), accumulate, logsumexp ? logsumexp + item * q.tokens() : nullptr, hops ? hops + item * lines : nullptr};
+            if constexpr (std::is_same_v<Backend, Reference>) detail::reference::forward(head, result, workers);
+            else detail::simd::forward<Arch>(head, result, workers);
+        });
+    }
+
+    Pattern pattern_;
+    Sampler sampler_;
+    Diffusion diffusion_;
+    Score score_;
+    Bias bias_;
+    Recursion recursion_;
+    std::shared_ptr<PlanCache> cache_;
+};
+
+namespace detail {
+
+template <class... Ps>
+using Layer = AttentionLayer<typename PolicySet<Ps...>::Pattern, typename PolicySet<Ps...>::Sampler, typename PolicySet<Ps...>::Diffusion,
+                             typename PolicySet<Ps...>::Score, typename PolicySet<Ps...>::Bias, typename PolicySet<Ps...>::Backend>;
+
+template <class P, class... Ps>
+inline constexpr bool is_one_of = (std::same_as<P, Ps> || ...);
+
+template <class... Ps>
+struct layer_or_stub {
+    using type = InvalidAttention;
+};
+template <class... Ps>
+    requires(PolicySet<Ps...>::valid)
+struct layer_or_stub<Ps...> {
+    using type = Layer<Ps...>;
+};
+
+}  // namespace detail
+
+/// An attention layer made of policies, in any order, at most one of a kind; kinds not named have neutral defaults (Dense,
+/// AllSources, NoDiffusion, Softmax, NoBias, Simd<>).
+///     Attention<LocalGlobalRandom, PPR<5>> attention;                              // Diffuser, paper defaults
+///     Attention attention{LocalGlobalRandom{.window = 64}, PPR<5>{.alpha = .2}};   // with parameters
+/// Every parameter is checked here (throws invalid_input). Immutable; copies share plans; all calls are const and may run at
+/// the same time.
+template <class... Ps>
+class Attention : public detail::layer_or_stub<Ps...>::type {
+    using Set = detail::PolicySet<Ps...>;
+    using Base = typename detail::layer_or_stub<Ps...>::type;
+    static_assert(Set::policies_only, "polyattn::Attention: every argument must be a policy; give your type a `using policy_kind = ...;` (policy/concept.hpp)");
+    static_assert(Set::template at_most_one<sparsity_pattern_kind>, "polyattn::Attention: two SparsityPatterns; join them with Union or Intersection");
+    static_assert(Set::template at_most_one<sampler_kind>, "polyattn::Attention: two SamplerPolicies; keep one");
+    static_assert(Set::template at_most_one<diffusion_kind>, "polyattn::Attention: two DiffusionPolicies; keep one, or merge their coefficients in a Polynomial");
+    static_assert(Set::template at_most_one<score_kind>, "polyattn::Attention: two ScorePolicies; keep one");
+    static_assert(Set::template at_most_one<bias_kind>, "polyattn::Attention: two BiasPolicies; add them in one FunctionBias");
+    static_assert(Set::template at_most_one<backend_kind>, "polyattn::Attention: two backends; keep one of Reference and Simd<>");
+    static_assert(SparsityPattern<typename Set::Pattern>, "polyattn::Attention: a SparsityPattern needs `Plan plan(index_t queries, index_t keys) const`");
+    static_assert(SamplerPolicy<typename Set::Sampler>, "polyattn::Attention: a SamplerPolicy needs `Plan sample(index_t queries, index_t keys, const Draw&, bool causal) const`");
+    static_assert(DiffusionPolicy<typename Set::Diffusion>, "polyattn::Attention: a DiffusionPolicy needs `Recursion recursion() const`");
+    static_assert(std::same_as<typename Set::Score, Softmax>, "polyattn::Attention: the ScorePolicy must be Softmax");
+    static_assert(BiasPolicy<typename Set::Bias>, "polyattn::Attention: a BiasPolicy needs `double operator()(index_t batch, index_t head, index_t query, index_t key) const`");
+    static_assert(detail::is_backend<typename Set::Backend>, "polyattn::Attention: the backend must be Reference or Simd<>");
+
+public:
+    Attention() requires(Set::valid) : Base(std::tuple<>{}) {}
+    /// Policies of the layer's types, in any order; those left out are default ones.
+    template <class... Given>
+        requires(sizeof...(Given) > 0 && (!Set::valid || (detail::is_one_of<Given, Ps...> && ...)))
+    explicit Attention(Given... policies) : Base(std::tuple<Given...>(std::move(policies)...)) {}
+    Attention() requires(!Set::valid) : Base() {}
+};
+
+template <class... Ps>
+Attention(Ps...) -> Attention<Ps...>;
+
+POLYATTN_END_NAMESPACE

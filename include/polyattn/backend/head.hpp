@@ -1,0 +1,61 @@
+#pragma once
+// What a backend computes: one (batch, head) of the stages scores -> weights -> diffusion, and its adjoint.
+
+#include <polyattn/core/dropout.hpp>
+#include <polyattn/core/view.hpp>
+#include <polyattn/core/workspace.hpp>
+#include <polyattn/plan/plan.hpp>
+#include <polyattn/policy/bias/concept.hpp>
+#include <polyattn/policy/diffusion/concept.hpp>
+
+POLYATTN_BEGIN_NAMESPACE
+
+namespace detail {
+
+/// Everything that defines the operator A of one head and the polynomial of it.
+template <class T, class Bias>
+struct Head {
+    MatrixView<const T> q, k, v;
+    const Plan* plan;
+    const Recursion* recursion;
+    const Bias* bias;  // bound
+    double scale;      // of q . k
+    index_t batch, head;
+    index_t query_length, key_length;  // queries and keys behind these are padding
+    DropoutMask dropout;
+    std::size_t weight_budget;  // bytes of stored weights
+};
+
+template <class T>
+struct HeadResult {
+    MatrixView<T> out;
+    bool accumulate = false;   // add to what `out` holds
+    T* logsumexp = nullptr;    // [queries], natural log; -inf for a row without keys
+    T* hops = nullptr;         // Z_1 .. Z_K, [K][queries][value dim], for backward
+};
+
+/// What the forward pass saved, and where gradients are added. Contiguous rows throughout.
+template <class T>
+struct HeadGradient {
+    MatrixView<const T> d_out;
+    const T* logsumexp;
+    const T* hops;
+    MatrixView<T> d_q, d_k, d_v;     // added to
+    std::span<double> bias_gradient;  // added to; empty if the bias is not learned
+};
+
+/// True for -infinity, by its bits (comparisons fold away under -ffast-math): the mark of a row without keys.
+inline bool is_empty_row(float logsumexp) {
+    std::uint32_t bits;
+    std::memcpy(&bits, &logsumexp, sizeof bits);
+    return bits == 0xff800000u;
+}
+inline bool is_empty_row(double logsumexp) {
+    std::uint64_t bits;
+    std::memcpy(&bits, &logsumexp, sizeof bits);
+    return bits == 0xfff0000000000000u;
+}
+
+}  // namespace detail
+
+POLYATTN_END_NAMESPACE

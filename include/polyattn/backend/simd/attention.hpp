@@ -1,0 +1,146 @@
+#pragma once
+// One head, forward and backward: the operator of sparse_softmax.hpp and the recursion of the diffusion policy.
+
+#include <polyattn/backend/simd/sparse_softmax_gradient.hpp>
+
+POLYATTN_BEGIN_NAMESPACE
+
+namespace detail::simd {
+
+/// Dropout on row i of Z after hop `hop`.
+template <class T>
+void drop_values(const DropoutMask& mask, int hop, index_t i, T* z, index_t columns) {
+    for (index_t c = 0; c < columns; c += 4) {
+        const auto factors = mask.values_of_four(hop, i, c / 4);
+        for (index_t l = 0; l < std::min(index_t{4}, columns - c); ++l) z[c + l] *= static_cast<T>(factors[static_cast<std::size_t>(l)]);
+    }
+}
+
+/// factor * v, padded to whole vectors; v itself for a factor of 1.
+template <class T>
+Rows<T> scaled_rows(Rows<T> v, double factor, index_t rows, index_t columns, Arena& arena) {
+    if (factor == 1) return v;
+    T* const copy = arena.take<T>(offset_t{rows} * columns).data();
+    for (index_t i = 0; i < rows; ++i)
+        for (index_t c = 0; c < columns; ++c) copy[offset_t{i} * columns + c] = factor == 0 ? T(0) : static_cast<T>(factor) * v.row(i)[c];
+    return {copy, columns};
+}
+
+template <class T>
+void store_row(MatrixView<T> out, index_t i, const T* from, bool accumulate) {
+    for (index_t c = 0; c < out.cols; ++c) out(i, c) = accumulate ? out(i, c) + from[c] : from[c];
+}
+
+template <class A, class T, class Bias>
+void forward(const Head<T, Bias>& head, const HeadResult<T>& result, Workers& workers) {
+    constexpr int width = lanes<T, A>;
+    const auto& hops = head.recursion->hops;
+    const index_t rows = head.q.rows, dim = head.v.cols;
+    Arena& arena = workers[0];
+    SparseSoftmax<T, A, Bias> attention(head, workers);
+    const index_t columns = attention.columns();
+    const Rows<T> v = readable_rows(head.v, true, width, arena);
+    const bool once = hops.size() == 1 && !attention.has_shared_rows();
+    if (!once && (!hops.empty() || result.logsumexp)) attention.prepare();
+
+    Rows<T> z = scaled_rows(v, head.recursion->start, head.v.rows, columns, arena);
+    if (hops.empty()) {
+        const T* const zeros = std::fill_n(arena.take<T>(columns).data(), columns, T(0)) - columns;
+        for (index_t i = 0; i < rows; ++i) store_row(result.out, i, i < head.query_length ? z.row(i) : zeros, result.accumulate);
+    }
+    const bool direct = result.out.col_stride == 1 && columns == dim && !result.accumulate;
+    T* spare[2] = {};
+    for (std::size_t k = 0; k < hops.size(); ++k) {
+        const bool last = k + 1 == hops.size();
+        T* to;
+        std::ptrdiff_t stride = columns;
+        if (result.hops && columns == dim) to = result.hops + static_cast<offset_t>(k) * rows * dim;
+        else if (last && direct && !result.hops) {
+            to = result.out.data;
+            stride = result.out.row_stride;
+        } else {
+            if (!spare[k % 2]) spare[k % 2] = arena.take<T>(offset_t{rows} * columns).data();
+            to = spare[k % 2];
+        }
+        if (once) attention.apply_once(z, v, hops[k], to, stride);
+        else attention.apply(z, v, hops[k], to, stride);
+        if (head.dropout.drops_values())
+            for (index_t i = 0; i < rows; ++i) drop_values(head.dropout, static_cast<int>(k), i, to + i * stride, dim);
+        if (result.hops && columns != dim)
+            for (index_t i = 0; i < rows; ++i) std::copy_n(to + i * stride, dim, result.hops + (static_cast<offset_t>(k) * rows + i) * dim);
+        if (last && to != result.out.data)
+            for (index_t i = 0; i < rows; ++i) store_row(result.out, i, to + i * stride, result.accumulate);
+        z = {to, stride};
+    }
+    if (result.logsumexp)
+        for (index_t i = 0; i < rows; ++i) result.logsumexp[i] = attention.logsumexp(i);
+}
+
+/// G_K = dOut; G_k = walk A^T G_{k+1}; dV = start G_0 + sum teleport G_{k+1}; dL/dA_ij = sum_k walk G_{k+1}[i] . Z_k[j].
+/// The softmax's row sums come without a pass over the pairs: sum_j A_ij dL/dA_ij = sum_k G_{k+1}[i] . (Z_{k+1}[i] - teleport V[i]).
+template <class A, class T, class Bias>
+void backward(const Head<T, Bias>& head, const HeadGradient<T>& gradient, Workers& workers) {
+    constexpr int width = lanes<T, A>;
+    const auto& hops = head.recursion->hops;
+    const auto count = hops.size();
+    const index_t rows = head.q.rows, keys = head.k.rows, dim = head.v.cols;
+    const double start = head.recursion->start;
+    Arena& arena = workers[0];
+    if (count == 0) {
+        for (index_t i = 0; i < head.query_length; ++i)
+            for (index_t c = 0; c < dim; ++c) gradient.d_v(i, c) += static_cast<T>(start) * gradient.d_out(i, c);
+        return;
+    }
+    SparseSoftmaxGradient<T, A, Bias> attention(head, gradient.logsumexp, workers);
+    const index_t columns = attention.columns();
+    const Rows<T> v = readable_rows(head.v, true, width, arena);
+
+    // terms[k]: Z_k and walk * G_{k+1}, both padded to whole vectors.
+    const auto terms = arena.take<WeightGradientTerm<T>>(static_cast<offset_t>(count));
+    terms[0].z = scaled_rows(v, start, keys, columns, arena);
+    for (std::size_t k = 1; k < count; ++k)
+        terms[k].z = readable_rows(MatrixView<const T>{gradient.hops + static_cast<offset_t>(k - 1) * rows * dim, rows, dim, dim, 1}, true, width, arena);
+    const auto row_means = arena.take<T>(rows);
+    std::fill(row_means.begin(), row_means.end(), T(0));
+
+    T* g = arena.take<T>(offset_t{rows} * columns).data();
+    for (index_t i = 0; i < rows; ++i) {
+        T* const to = g + offset_t{i} * columns;
+        for (index_t c = 0; c < dim; ++c) to[c] = gradient.d_out(i, c);
+        std::fill(to + dim, to + columns, T(0));
+    }
+    for (std::size_t k = count; k-- > 0;) {
+        const T teleport = static_cast<T>(hops[k].teleport), walk = static_cast<T>(hops[k].walk);
+        T* const scaled = arena.take<T>(offset_t{rows} * columns).data();
+        for (index_t i = 0; i < rows; ++i) {
+            T* const to = scaled + offset_t{i} * columns;
+            T* const from = g + offset_t{i} * columns;
+            if (!attention.is_alive(i)) {
+                std::fill_n(to, columns, T(0));
+                continue;
+            }
+            const T* const z = gradient.hops + (static_cast<offset_t>(k) * rows + i) * dim;
+            T mean = 0;
+            for (index_t c = 0; c < dim; ++c) mean += from[c] * z[c];
+            if (head.dropout.drops_values()) drop_values(head.dropout, static_cast<int>(k), i, from, dim);
+            if (teleport != 0)
+                for (index_t c = 0; c < dim; ++c) {
+                    mean -= from[c] * (teleport * v.row(i)[c]);
+                    gradient.d_v(i, c) += teleport * from[c];
+                }
+            row_means[static_cast<std::size_t>(i)] += mean;
+            for (index_t c = 0; c < columns; ++c) to[c] = walk * from[c];
+        }
+        terms[k].g = {scaled, columns};
+        T* const next = arena.take<T>(offset_t{keys} * columns).data();
+        attention.apply_transposed({scaled, columns}, next, columns);
+        g = next;
+    }
+    for (index_t j = 0; j < keys; ++j)
+        for (index_t c = 0; c < dim; ++c) gradient.d_v(j, c) += static_cast<T>(start) * g[offset_t{j} * columns + c];
+    attention.weights_gradient(terms, row_means, gradient);
+}
+
+}  // namespace detail::simd
+
+POLYATTN_END_NAMESPACE

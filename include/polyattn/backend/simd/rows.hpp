@@ -1,0 +1,156 @@
+#pragma once
+// Rows as kernels want them: unit stride, padded to whole vectors, listed rows gathered, non-finite ones marked.
+
+#include <polyattn/backend/simd/vector.hpp>
+#include <polyattn/core/view.hpp>
+#include <polyattn/core/workspace.hpp>
+#include <polyattn/plan/part.hpp>
+
+#include <cstring>
+
+POLYATTN_BEGIN_NAMESPACE
+
+namespace detail::simd {
+
+/// Rows of unit stride whose columns may be read up to the next whole vector.
+template <class T>
+struct Rows {
+    const T* data = nullptr;
+    std::ptrdiff_t stride = 0;
+    const T* row(index_t i) const { return data + i * stride; }
+};
+
+constexpr index_t padded(index_t columns, int lanes) { return (columns + lanes - 1) / lanes * lanes; }
+
+/// The rows themselves if kernels can read them, else a copy. Copied are: other inner strides, columns that do not fill whole
+/// vectors if `whole_vectors`, and strides of 4 KiB, which would share one set of the first-level cache.
+template <class T>
+Rows<T> readable_rows(MatrixView<const T> view, bool whole_vectors, int lanes, Arena& arena) {
+    const bool aliased = view.rows > 8 && view.row_stride * static_cast<std::ptrdiff_t>(sizeof(T)) % 4096 == 0 && view.row_stride != 0;
+    if ((view.col_stride == 1 || view.cols <= 1) && !aliased && !(whole_vectors && view.cols % lanes != 0)) return {view.data, view.row_stride};
+    const index_t stride = padded(view.cols, lanes);
+    T* copy = arena.take<T>(offset_t{view.rows} * stride).data();
+    for (index_t i = 0; i < view.rows; ++i) {
+        T* to = copy + offset_t{i} * stride;
+        for (index_t c = 0; c < view.cols; ++c) to[c] = view(i, c);
+        std::fill(to + view.cols, to + stride, T(0));
+    }
+    return {copy, stride};
+}
+
+/// Which rows hold a NaN or an infinity. A weight of 0 must not meet them.
+class NonFiniteRows {
+public:
+    NonFiniteRows() = default;
+
+    template <class T>
+    void mark(Rows<T> rows, index_t count, index_t columns, Arena& arena) {
+        using Bits = std::conditional_t<sizeof(T) == 4, std::uint32_t, std::uint64_t>;
+        constexpr Bits exponent = sizeof(T) == 4 ? Bits{0x7f800000u} : static_cast<Bits>(0x7ff0000000000000ull);
+        if (marks_.size() < static_cast<std::size_t>(count)) marks_ = arena.take<std::uint8_t>(count);
+        any_ = false;
+        for (index_t i = 0; i < count; ++i) {
+            Bits found = 0;
+            for (index_t c = 0; c < columns; ++c) {
+                Bits bits;
+                std::memcpy(&bits, rows.row(i) + c, sizeof bits);
+                found |= static_cast<Bits>((bits & exponent) == exponent);
+            }
+            marks_[static_cast<std::size_t>(i)] = static_cast<std::uint8_t>(found);
+            any_ |= found != 0;
+        }
+    }
+    bool any() const { return any_; }
+    bool operator[](index_t row) const { return any_ && marks_[static_cast<std::size_t>(row)] != 0; }
+    bool any_of(const IndexSequence& sequence, Bounds positions) const {
+        if (!any_) return false;
+        for (index_t p = positions.begin; p < positions.end; ++p)
+            if (marks_[static_cast<std::size_t>(sequence[p])]) return true;
+        return false;
+    }
+
+private:
+    std::span<std::uint8_t> marks_;
+    bool any_ = false;
+};
+
+/// Copies of listed rows, kept while tiles ask for the same list again: gathered once for all groups that share it.
+template <class T>
+class GatheredRows {
+public:
+    void prepare(std::span<const index_t> capacity, index_t columns, Arena& arena) {
+        columns_ = columns;
+        buffers_ = arena.take<Buffer>(static_cast<offset_t>(capacity.size()));
+        for (std::size_t b = 0; b < capacity.size(); ++b) buffers_[b] = {arena.take<T>(offset_t{capacity[b]} * columns).data(), nullptr};
+    }
+    void forget() {
+        for (Buffer& buffer : buffers_) buffer.list = nullptr;
+    }
+    /// Rows of a key sequence by position. `slot` is the piece's list_slot, -1 for a range, which is read in place.
+    Rows<T> get(const IndexSequence& keys, int slot, Rows<T> rows) {
+        if (slot < 0) return keys.empty() ? rows : Rows<T>{rows.row(keys.front()), rows.stride};
+        Buffer& buffer = buffers_[static_cast<std::size_t>(slot)];
+        if (buffer.list != keys.identity()) {
+            for (index_t p = 0; p < keys.size(); ++p) std::copy_n(rows.row(keys[p]), columns_, buffer.rows + offset_t{p} * columns_);
+            buffer.list = keys.identity();
+        }
+        return {buffer.rows, columns_};
+    }
+
+private:
+    struct Buffer {
+        T* rows;
+        const void* list;
+    };
+    std::span<Buffer> buffers_;
+    index_t columns_ = 0;
+};
+
+/// The reverse: sums for listed rows collect in a buffer and are added to their rows when another list comes, or at the end.
+template <class T>
+class ScatteredRows {
+public:
+    void prepare(std::span<const index_t> capacity, index_t columns, Arena& arena) {
+        columns_ = columns;
+        buffers_ = arena.take<Buffer>(static_cast<offset_t>(capacity.size()));
+        for (std::size_t b = 0; b < capacity.size(); ++b) buffers_[b] = {arena.take<T>(offset_t{capacity[b]} * columns).data(), nullptr};
+    }
+    T* get(const IndexSequence& keys, int slot, T* rows, std::ptrdiff_t stride, std::ptrdiff_t& out_stride) {
+        if (slot < 0) {
+            out_stride = stride;
+            return rows + keys.front() * stride;
+        }
+        Buffer& buffer = buffers_[static_cast<std::size_t>(slot)];
+        if (!buffer.list || !buffer.list->same_as(keys)) {
+            flush(buffer, rows, stride);
+            std::fill_n(buffer.rows, offset_t{keys.size()} * columns_, T(0));
+            buffer.list = &keys;
+        }
+        out_stride = columns_;
+        return buffer.rows;
+    }
+    void flush(T* rows, std::ptrdiff_t stride) {
+        for (Buffer& buffer : buffers_) flush(buffer, rows, stride);
+    }
+
+private:
+    struct Buffer {
+        T* rows;
+        const IndexSequence* list;
+    };
+    void flush(Buffer& buffer, T* rows, std::ptrdiff_t stride) {
+        if (!buffer.list) return;
+        for (index_t p = 0; p < buffer.list->size(); ++p) {
+            T* to = rows + (*buffer.list)[p] * stride;
+            const T* from = buffer.rows + offset_t{p} * columns_;
+            for (index_t c = 0; c < columns_; ++c) to[c] += from[c];
+        }
+        buffer.list = nullptr;
+    }
+    std::span<Buffer> buffers_;
+    index_t columns_ = 0;
+};
+
+}  // namespace detail::simd
+
+POLYATTN_END_NAMESPACE

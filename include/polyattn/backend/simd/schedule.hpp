@@ -1,0 +1,208 @@
+#pragma once
+
+#include <polyattn/plan/plan.hpp>
+
+#include <array>
+
+POLYATTN_BEGIN_NAMESPACE
+
+namespace detail::simd {
+
+/// Queries whose scores lie side by side in vectors. The same for every type and architecture, so a plan is lowered once.
+inline constexpr int group_size = 16;
+
+/// A group's share of one tile: the span of key positions that any of its queries sees.
+struct Piece {
+    index_t tile;
+    Bounds span;                             // in the tile's key sequence
+    std::array<Bounds, group_size> lanes;    // what each query sees, in the tile's key sequence
+    offset_t weights;                        // where its stored weights begin, in rows of group_size
+    bool masked;                             // some query does not see the whole span
+    int list_slot;                           // which gather buffer a listed key sequence uses; -1 for a range
+};
+
+/// 16 queries that are worked on together. An idle lane repeats a working one and is not stored.
+struct Group {
+    std::array<index_t, group_size> rows;
+    std::uint32_t active;  // bit a lane
+    std::size_t first_piece, last_piece;
+};
+
+/// A plan in the order in which the SIMD kernels work: groups of queries, each with its pieces of the tiles. O(rows of tiles).
+class Schedule {
+public:
+    explicit Schedule(const Plan& plan) {
+        add_contiguous_rows(plan);
+        add_listed_rows(plan);
+        place(plan);
+    }
+
+    std::span<const Group> groups() const { return groups_; }
+    std::span<const Piece> pieces(const Group& group) const {
+        return std::span<const Piece>(pieces_).subspan(group.first_piece, group.last_piece - group.first_piece);
+    }
+
+    /// Where a query's lanes are: group * group_size + lane.
+    std::span<const offset_t> slots(index_t row) const {
+        const auto r = static_cast<std::size_t>(row);
+        return std::span<const offset_t>(slots_).subspan(static_cast<std::size_t>(slot_offsets_[r]),
+                                                         static_cast<std::size_t>(slot_offsets_[r + 1] - slot_offsets_[r]));
+    }
+    /// A query in several groups, as unions of differently listed rows have it: then groups add to it one after the other.
+    bool has_shared_rows() const { return shared_rows_; }
+    /// Some tile shows its queries different keys, so zero weights may meet rows that hold NaN.
+    bool is_masked() const { return masked_; }
+    offset_t weight_rows() const { return weight_rows_; }
+    /// Longest key list that each gather buffer must hold.
+    std::span<const index_t> list_capacity() const { return list_capacity_; }
+
+    /// Partial results that a transposed product is summed in: a function of the plan only, so every number of threads
+    /// adds in the same order.
+    int chunks() const {
+        if (shared_rows_) return 1;
+        return static_cast<int>(std::clamp<std::size_t>(groups_.size() / 128, 1, 4));
+    }
+    std::span<const Group> chunk(int index) const {
+        const std::size_t count = groups_.size(), parts = static_cast<std::size_t>(chunks()), i = static_cast<std::size_t>(index);
+        return std::span<const Group>(groups_).subspan(count * i / parts, count * (i + 1) / parts - count * i / parts);
+    }
+
+private:
+    struct Entry {
+        std::size_t group;
+        Piece piece;
+    };
+
+    // Rows [16 g, 16 g + 16) of all tiles with contiguous rows meet in group g.
+    void add_contiguous_rows(const Plan& plan) {
+        std::vector<Entry> entries;
+        for (std::size_t t = 0; t < plan.tiles().size(); ++t) {
+            const Tile& tile = plan.tiles()[t];
+            if (tile.rows.is_list() || tile.rows.empty()) continue;
+            const index_t first = tile.rows.front(), last = tile.rows.back() + 1;
+            for (index_t g = first / group_size; g * group_size < last; ++g) {
+                Piece piece{};
+                if (make_piece(static_cast<index_t>(t), tile, [&](int lane) { return tile.rows.find(g * group_size + lane); }, piece))
+                    entries.push_back({static_cast<std::size_t>(g), piece});
+            }
+        }
+        std::stable_sort(entries.begin(), entries.end(), [](const Entry& a, const Entry& b) { return a.group < b.group; });
+        for (std::size_t e = 0; e < entries.size();) {
+            std::size_t end = e;
+            while (end < entries.size() && entries[end].group == entries[e].group) ++end;
+            std::array<index_t, group_size> rows;
+            for (int lane = 0; lane < group_size; ++lane)
+                rows[static_cast<std::size_t>(lane)] = static_cast<index_t>(entries[e].group) * group_size + lane;
+            add_group(rows, std::span<const Entry>(entries).subspan(e, end - e));
+            e = end;
+        }
+    }
+
+    // Every 16 rows of a list, for all tiles with that list.
+    void add_listed_rows(const Plan& plan) {
+        std::vector<std::size_t> listed;
+        for (std::size_t t = 0; t < plan.tiles().size(); ++t)
+            if (plan.tiles()[t].rows.is_list()) listed.push_back(t);
+        std::stable_sort(listed.begin(), listed.end(), [&](std::size_t a, std::size_t b) {
+            const auto key = [&](std::size_t t) { return std::pair{plan.tiles()[t].rows.front(), plan.tiles()[t].rows.identity()}; };
+            return key(a) < key(b);
+        });
+        for (std::size_t begin = 0; begin < listed.size();) {
+            const IndexSequence& rows = plan.tiles()[listed[begin]].rows;
+            std::size_t end = begin;
+            while (end < listed.size() && plan.tiles()[listed[end]].rows.identity() == rows.identity()) ++end;
+            for (index_t at = 0; at < rows.size(); at += group_size) {
+                std::vector<Entry> entries;
+                const auto position = [&](int lane) { return at + lane < rows.size() ? at + lane : -1; };
+                for (std::size_t l = begin; l < end; ++l) {
+                    Piece piece{};
+                    if (make_piece(static_cast<index_t>(listed[l]), plan.tiles()[listed[l]], position, piece)) entries.push_back({0, piece});
+                }
+                std::array<index_t, group_size> group_rows;
+                for (int lane = 0; lane < group_size; ++lane)
+                    group_rows[static_cast<std::size_t>(lane)] = position(lane) < 0 ? 0 : rows[position(lane)];
+                if (!entries.empty()) add_group(group_rows, entries);
+            }
+            begin = end;
+        }
+    }
+
+    template <class Position>
+    static bool make_piece(index_t t, const Tile& tile, Position position, Piece& piece) {
+        piece = {t, {}, {}, 0, false, tile.keys.is_list() ? 0 : -1};
+        bool any = false;
+        for (int lane = 0; lane < group_size; ++lane) {
+            const index_t at = position(lane);
+            if (at < 0 || tile.row_count(at) == 0) continue;
+            const Bounds bounds = tile.row_bounds(at);
+            piece.lanes[static_cast<std::size_t>(lane)] = bounds;
+            piece.span = any ? Bounds{std::min(piece.span.begin, bounds.begin), std::max(piece.span.end, bounds.end)} : bounds;
+            any = true;
+        }
+        return any;
+    }
+
+    void add_group(std::array<index_t, group_size> rows, std::span<const Entry> entries) {
+        Group group{rows, 0, pieces_.size(), pieces_.size() + entries.size()};
+        for (const Entry& entry : entries) pieces_.push_back(entry.piece);
+        int worker = -1;
+        for (int lane = 0; lane < group_size; ++lane)
+            for (const Entry& entry : entries)
+                if (!entry.piece.lanes[static_cast<std::size_t>(lane)].empty()) {
+                    group.active |= 1u << lane;
+                    worker = lane;
+                }
+        for (int lane = 0; lane < group_size; ++lane)
+            if (!(group.active >> lane & 1)) {
+                group.rows[static_cast<std::size_t>(lane)] = group.rows[static_cast<std::size_t>(worker)];
+                for (std::size_t p = group.first_piece; p < group.last_piece; ++p)
+                    pieces_[p].lanes[static_cast<std::size_t>(lane)] = pieces_[p].lanes[static_cast<std::size_t>(worker)];
+            }
+        groups_.push_back(group);
+    }
+
+    void place(const Plan& plan) {
+        slot_offsets_.assign(static_cast<std::size_t>(plan.queries()) + 1, 0);
+        const auto visit = [&](auto&& f) {
+            for (std::size_t g = 0; g < groups_.size(); ++g)
+                for (int lane = 0; lane < group_size; ++lane)
+                    if (groups_[g].active >> lane & 1)
+                        f(static_cast<std::size_t>(groups_[g].rows[static_cast<std::size_t>(lane)]), static_cast<offset_t>(g) * group_size + lane);
+        };
+        visit([&](std::size_t row, offset_t) { ++slot_offsets_[row + 1]; });
+        for (const offset_t count : slot_offsets_) shared_rows_ |= count > 1;
+        std::partial_sum(slot_offsets_.begin(), slot_offsets_.end(), slot_offsets_.begin());
+        slots_.resize(static_cast<std::size_t>(slot_offsets_.back()));
+        std::vector<offset_t> next(slot_offsets_.begin(), slot_offsets_.end() - 1);
+        visit([&](std::size_t row, offset_t slot) { slots_[static_cast<std::size_t>(next[row]++)] = slot; });
+
+        for (const Group& group : groups_) {
+            int slot = 0;
+            for (std::size_t p = group.first_piece; p < group.last_piece; ++p) {
+                Piece& piece = pieces_[p];
+                const Tile& tile = plan.tiles()[static_cast<std::size_t>(piece.tile)];
+                piece.weights = weight_rows_;
+                weight_rows_ += piece.span.size();
+                for (const Bounds& lane : piece.lanes) piece.masked |= !(lane == piece.span);
+                masked_ |= piece.masked || tile.excluded_in(piece.span) > 0;
+                if (piece.list_slot < 0) continue;
+                piece.list_slot = slot++ % gather_buffers;
+                const auto at = static_cast<std::size_t>(piece.list_slot);
+                if (list_capacity_.size() <= at) list_capacity_.resize(at + 1, 0);
+                list_capacity_[at] = std::max(list_capacity_[at], tile.keys.size());
+            }
+        }
+    }
+
+    static constexpr int gather_buffers = 4;  // a group with more lists gathers some of them again
+    std::vector<Group> groups_;
+    std::vector<Piece> pieces_;
+    std::vector<offset_t> slot_offsets_, slots_;
+    std::vector<index_t> list_capacity_;
+    offset_t weight_rows_ = 0;
+    bool shared_rows_ = false, masked_ = false;
+};
+
+}  // namespace detail::simd
+
+POLYATTN_END_NAMESPACE

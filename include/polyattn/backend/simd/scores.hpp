@@ -1,0 +1,232 @@
+#pragma once
+// From queries and keys to weights pow2(score - reference), 16 queries a key: online, or from a known logsumexp.
+
+#include <polyattn/backend/head.hpp>
+#include <polyattn/backend/simd/exp2.hpp>
+#include <polyattn/backend/simd/rows.hpp>
+#include <polyattn/backend/simd/tiles.hpp>
+
+POLYATTN_BEGIN_NAMESPACE
+
+namespace detail::simd {
+
+inline constexpr double log2_e = 1.4426950408889634074;
+inline constexpr double ln_2 = 0.69314718055994530942;
+
+/// A score may exceed its row's reference by 2^raise_above before the reference is raised: rescaling at each new maximum is slow.
+template <class T>
+inline constexpr T raise_above = 24;
+/// Score of a masked pair: finite, yet its weight is exactly 0 and it never becomes a reference.
+template <class T>
+inline constexpr T masked_score = std::numeric_limits<T>::lowest();
+/// Threshold of a row that has no reference yet.
+template <class T>
+inline constexpr T no_reference = std::numeric_limits<T>::lowest() / 2;
+
+/// True for +0 by its bits: NaN == 0 may hold under -ffast-math.
+inline bool is_zero(float x) { return std::bit_cast<std::uint32_t>(x) == 0; }
+inline bool is_zero(double x) { return std::bit_cast<std::uint64_t>(x) == 0; }
+
+/// Softmax state of 16 queries, base-2 logarithms. Weights so far are relative to `reference`.
+template <class T>
+struct alignas(64) GroupState {
+    T reference[group_size];
+    T threshold[group_size];
+    T sum[group_size];
+    T* weights = nullptr;  // first weight written since the reference may change ..
+    T* out = nullptr;      // .. and the output accumulated so far; both follow a new reference
+    index_t columns = 0;
+
+    void start() {
+        std::fill_n(reference, group_size, T(0));
+        std::fill_n(threshold, group_size, no_reference<T>);
+        std::fill_n(sum, group_size, T(0));
+        weights = out = nullptr;
+    }
+};
+
+/// What the 16 queries of a group see of some consecutive key positions.
+struct Block {
+    const Tile* tile;
+    index_t first;                           // position in the tile's keys
+    index_t keys;
+    std::array<Bounds, group_size> lanes;    // relative to `first`
+    index_t all_begin, all_end;              // seen by every lane
+    bool masked;
+    std::span<const index_t> excluded;       // keys, ascending
+
+    index_t key(index_t p) const { return tile->keys[first + p]; }
+    bool is_excluded(index_t p) const { return !excluded.empty() && std::binary_search(excluded.begin(), excluded.end(), key(p)); }
+    bool is_seen(int lane, index_t p) const {
+        const Bounds bounds = lanes[static_cast<std::size_t>(lane)];
+        return p >= bounds.begin && p < bounds.end && !is_excluded(p);
+    }
+};
+
+/// Calls f(block) for the key blocks of a piece, clipped to the keys and queries that are not padding.
+template <class F>
+void for_each_block(const Group& group, const Piece& piece, const Tile& tile, index_t query_length, index_t key_length, index_t block_keys, F&& f) {
+    const index_t limit = tile.keys.lower_bound(key_length);
+    std::array<Bounds, group_size> seen;
+    Bounds span{};
+    for (std::size_t lane = 0; lane < group_size; ++lane) {
+        Bounds bounds = piece.lanes[lane];
+        bounds.end = std::min(bounds.end, limit);
+        if (group.rows[lane] >= query_length || bounds.empty()) bounds = {};
+        seen[lane] = bounds;
+        if (bounds.empty()) continue;
+        span = span.empty() ? bounds : Bounds{std::min(span.begin, bounds.begin), std::max(span.end, bounds.end)};
+    }
+    for (index_t first = span.begin; first < span.end; first += block_keys) {
+        Block block{&tile, first, std::min(block_keys, span.end - first), {}, 0, 0, false, {}};
+        block.all_end = block.keys;
+        for (std::size_t lane = 0; lane < group_size; ++lane) {
+            const Bounds bounds{std::clamp(seen[lane].begin - first, index_t{0}, block.keys), std::clamp(seen[lane].end - first, index_t{0}, block.keys)};
+            block.lanes[lane] = bounds.empty() ? Bounds{} : bounds;
+            block.all_begin = std::max(block.all_begin, block.lanes[lane].begin);
+            block.all_end = std::min(block.all_end, block.lanes[lane].end);
+        }
+        if (!tile.excluded.empty()) {
+            const auto from = std::lower_bound(tile.excluded.begin(), tile.excluded.end(), block.key(0));
+            block.excluded = {from, std::upper_bound(from, tile.excluded.end(), block.key(block.keys - 1))};
+        }
+        block.masked = block.all_begin > 0 || block.all_end < block.keys || !block.excluded.empty();
+        f(block);
+    }
+}
+
+/// Transposes 16 rows to [column][16], times `factor`.
+template <class T>
+void pack_rows(const std::array<index_t, group_size>& rows, Rows<T> from, index_t columns, T factor, T* packed) {
+    for (int lane = 0; lane < group_size; ++lane) {
+        const T* row = from.row(rows[static_cast<std::size_t>(lane)]);
+        for (index_t c = 0; c < columns; ++c) packed[c * group_size + lane] = row[c] * factor;
+    }
+}
+
+template <class T, class A, int M>
+using TileScores = Vec<T, A>[M][Tiling<T, A>::group_vectors];
+
+/// Raises the reference of the lanes whose tile maximum passed their threshold. Rare, out of line.
+template <int M, class T, class A>
+POLYATTN_NOINLINE void raise_reference(TileScores<T, A, M>& score, const Vec<T, A> (&highest)[Tiling<T, A>::group_vectors], GroupState<T>& state, const T* weights_end) {
+    using V = Vec<T, A>;
+    constexpr int lanes = Tiling<T, A>::lanes, vectors = Tiling<T, A>::group_vectors;
+    alignas(64) T scale[group_size];
+    for (int v = 0; v < vectors; ++v) {
+        const V threshold = V::load_aligned(state.threshold + v * lanes);
+        const auto raised = highest[v] > threshold;
+        const V rise = xsimd::select(raised, highest[v], V(T(0)));
+        for (int i = 0; i < M; ++i) score[i][v] = score[i][v] - rise;
+        (V::load_aligned(state.reference + v * lanes) + rise).store_aligned(state.reference + v * lanes);
+        // A row that had no reference has nothing to rescale.
+        const V factor = xsimd::select(raised & (threshold > V(no_reference<T>)), pow2(V(T(0)) - rise), V(T(1)));
+        factor.store_aligned(scale + v * lanes);
+        xsimd::select(raised, V(raise_above<T>), threshold).store_aligned(state.threshold + v * lanes);
+        (V::load_aligned(state.sum + v * lanes) * factor).store_aligned(state.sum + v * lanes);
+        for (T* weights = state.weights; weights < weights_end; weights += group_size)
+            (V::load_aligned(weights + v * lanes) * factor).store_aligned(weights + v * lanes);
+    }
+    if (state.out)
+        for (int lane = 0; lane < group_size; ++lane)
+            for (index_t c = 0; c < state.columns; ++c) state.out[lane * state.columns + c] *= scale[lane];
+}
+
+/// Weights of a block, [key][16]. Online: relative to the state's reference, which follows the scores, and summed. Otherwise
+/// relative to the reference as it is (the row's logsumexp), so they are final.
+template <bool Online, class T, class A, class Bias>
+void score_block(const Block& block, const Head<T, Bias>& head, const Group& group, const T* queries, Rows<T> keys, GroupState<T>& state, T* weights) {
+    using V = Vec<T, A>;
+    using K = Tiling<T, A>;
+    constexpr int vectors = K::group_vectors, lanes = K::lanes;
+    alignas(64) T begin[group_size], end[group_size];
+    for (std::size_t lane = 0; lane < group_size; ++lane) {
+        begin[lane] = static_cast<T>(block.lanes[lane].begin);
+        end[lane] = static_cast<T>(block.lanes[lane].end);
+    }
+    const auto tile = [&]<int M>(std::integral_constant<int, M>, index_t p) POLYATTN_INLINE_LAMBDA {
+        TileScores<T, A, M> score;
+        unroll<vectors>([&](auto v) POLYATTN_INLINE_LAMBDA {
+            const V start = V(T(0)) - V::load_aligned(state.reference + v * lanes);
+            unroll<M>([&](auto i) POLYATTN_INLINE_LAMBDA { score[i][v] = start; });
+        });
+        score_tile<M, T, A>(score, keys.row(p), keys.stride, queries, head.q.cols);
+        if constexpr (!std::is_same_v<Bias, NoBias>) {
+            alignas(64) T bias[group_size];
+            for (int i = 0; i < M; ++i) {
+                for (int lane = 0; lane < group_size; ++lane)
+                    bias[lane] = block.is_seen(lane, p + i)
+                                     ? static_cast<T>(double((*head.bias)(head.batch, head.head, group.rows[static_cast<std::size_t>(lane)], block.key(p + i))) * log2_e)
+                                     : T(0);
+                for (int v = 0; v < vectors; ++v) score[i][v] = score[i][v] + V::load_aligned(bias + v * lanes);
+            }
+        }
+        if (p < block.all_begin || p + M > block.all_end)
+            unroll<M>([&](auto i) POLYATTN_INLINE_LAMBDA {
+                const V position(static_cast<T>(p + i));
+                unroll<vectors>([&](auto v) POLYATTN_INLINE_LAMBDA {
+                    const auto seen = (position >= V::load_aligned(begin + v * lanes)) & (position < V::load_aligned(end + v * lanes));
+                    score[i][v] = xsimd::select(seen, score[i][v], V(masked_score<T>));
+                });
+            });
+        if (!block.excluded.empty())
+            for (int i = 0; i < M; ++i)
+                if (block.is_excluded(p + i))
+                    for (int v = 0; v < vectors; ++v) score[i][v] = V(masked_score<T>);
+        T* const out = weights + p * group_size;
+        if constexpr (Online) {
+            V highest[vectors];
+            bool raise = false;
+            unroll<vectors>([&](auto v) POLYATTN_INLINE_LAMBDA {
+                highest[v] = score[0][v];
+                unroll<M>([&](auto i) POLYATTN_INLINE_LAMBDA { highest[v] = xsimd::max(highest[v], score[i][v]); });
+                raise |= xsimd::any(highest[v] > V::load_aligned(state.threshold + v * lanes));
+            });
+            if (raise) raise_reference<M, T, A>(score, highest, state, out);
+        }
+        unroll<vectors>([&](auto v) POLYATTN_INLINE_LAMBDA {
+            V sum(T(0));
+            if constexpr (Online) sum = V::load_aligned(state.sum + v * lanes);
+            unroll<M>([&](auto i) POLYATTN_INLINE_LAMBDA {
+                const V weight = pow2(score[i][v]);
+                weight.store_aligned(out + i * group_size + v * lanes);
+                if constexpr (Online) sum = sum + weight;
+            });
+            if constexpr (Online) sum.store_aligned(state.sum + v * lanes);
+        });
+    };
+    index_t p = 0;
+    for (; p + K::score_keys <= block.keys; p += K::score_keys) tile(std::integral_constant<int, K::score_keys>{}, p);
+    for (; p < block.keys; ++p) tile(std::integral_constant<int, 1>{}, p);
+}
+
+/// Multiplies the weights of a block by dropout's mask.
+template <class T>
+void drop_weights(const Block& block, const DropoutMask& mask, const Group& group, T* weights) {
+    for (index_t p = 0; p < block.keys; ++p, weights += group_size) {
+        const index_t key = block.key(p);
+        index_t quad = -1;
+        std::array<double, 4> factors{};
+        for (std::size_t lane = 0; lane < group_size; ++lane) {
+            const index_t row = group.rows[lane];
+            if (row / 4 != quad) factors = mask.weights_of_four(quad = row / 4, key);
+            weights[lane] *= static_cast<T>(factors[static_cast<std::size_t>(row % 4)]);
+        }
+    }
+}
+
+/// weighted_sum, or, where weights of 0 would meet non-finite rows of x, row by row over what each query sees.
+template <class T, class A>
+void weighted_sum_block(const Block& block, const T* weights, Rows<T> x, const NonFiniteRows& non_finite, index_t columns, T* out, bool add) {
+    if (!block.masked || !non_finite.any_of(block.tile->keys, {block.first, block.first + block.keys}))
+        return weighted_sum<T, A>(weights, x.data, x.stride, block.lanes, columns, out, columns, add);
+    if (!add) std::fill_n(out, group_size * columns, T(0));
+    for (int lane = 0; lane < group_size; ++lane)
+        for (index_t p = 0; p < block.keys; ++p)
+            if (block.is_seen(lane, p))
+                for (index_t c = 0; c < columns; ++c) out[lane * columns + c] += weights[p * group_size + lane] * x.row(p)[c];
+}
+
+}  // namespace detail::simd
+
+POLYATTN_END_NAMESPACE

@@ -1,0 +1,70 @@
+#pragma once
+// Version, the inline namespace that keeps differently compiled bodies apart, and compiler helpers.
+
+#include <cstdint>
+
+#define POLYATTN_VERSION_MAJOR 0
+#define POLYATTN_VERSION_MINOR 1
+#define POLYATTN_VERSION_PATCH 0
+
+// The linker keeps one body of an inline function. Translation units built with other -m flags, with or without OpenMP or
+// -ffast-math, may be linked together, so each combination lives in an inline namespace of its own.
+#if defined(__AVX512F__) && defined(__AVX512DQ__) && defined(__AVX512BW__)
+#define POLYATTN_ARCH_TAG avx512
+#elif defined(__AVX512F__)
+#define POLYATTN_ARCH_TAG avx512f
+#elif defined(__AVX2__) && defined(__FMA__)
+#define POLYATTN_ARCH_TAG avx2_fma
+#elif defined(__AVX2__)
+#define POLYATTN_ARCH_TAG avx2
+#elif defined(__AVX__)
+#define POLYATTN_ARCH_TAG avx
+#elif defined(__SSE4_2__)
+#define POLYATTN_ARCH_TAG sse4_2
+#else
+#define POLYATTN_ARCH_TAG baseline
+#endif
+
+#if defined(_OPENMP)
+#define POLYATTN_THREAD_TAG _openmp
+#else
+#define POLYATTN_THREAD_TAG _serial
+#endif
+
+#if defined(__FAST_MATH__)
+#define POLYATTN_MATH_TAG _fast
+#else
+#define POLYATTN_MATH_TAG _ieee
+#endif
+
+#define POLYATTN_JOIN_(a, b, c) a##b##c
+#define POLYATTN_JOIN(a, b, c) POLYATTN_JOIN_(a, b, c)
+#define POLYATTN_ABI POLYATTN_JOIN(POLYATTN_ARCH_TAG, POLYATTN_THREAD_TAG, POLYATTN_MATH_TAG)
+
+#define POLYATTN_BEGIN_NAMESPACE namespace polyattn { inline namespace POLYATTN_ABI {
+#define POLYATTN_END_NAMESPACE } }
+
+#if defined(__GNUC__)
+#define POLYATTN_ALWAYS_INLINE inline __attribute__((always_inline))
+#define POLYATTN_NOINLINE __attribute__((noinline))
+#define POLYATTN_INLINE_LAMBDA __attribute__((always_inline))  // behind the parameters; keeps register tiles in registers at -O2
+#else
+#define POLYATTN_ALWAYS_INLINE inline
+#define POLYATTN_NOINLINE
+#define POLYATTN_INLINE_LAMBDA
+#endif
+
+// Call operators of policies run inside kernels of every backend.
+#if defined(__CUDACC__)
+#define POLYATTN_HOST_DEVICE __host__ __device__
+#else
+#define POLYATTN_HOST_DEVICE
+#endif
+
+POLYATTN_BEGIN_NAMESPACE
+
+/// Token, head and batch indices. Offsets into edges and tensors are 64-bit.
+using index_t = std::int32_t;
+using offset_t = std::int64_t;
+
+POLYATTN_END_NAMESPACE

@@ -1,0 +1,61 @@
+#pragma once
+
+#include <polyattn/core/error.hpp>
+#include <polyattn/core/rng.hpp>
+
+POLYATTN_BEGIN_NAMESPACE
+
+/// Probabilities of dropout in training. Kept entries are scaled by 1 / (1 - p). One mask on the weights serves all hops; one on
+/// Z follows each hop. Masks depend on (draw, batch, head, query, key or column, hop) only. Source: Diffuser's published code.
+struct Dropout {
+    double weights = 0;
+    double values = 0;
+
+    void validate() const {
+        detail::require(detail::is_finite(weights) && weights >= 0 && weights < 1, "dropout.weights", "a probability of [0, 1)", weights);
+        detail::require(detail::is_finite(values) && values >= 0 && values < 1, "dropout.values", "a probability of [0, 1)", values);
+    }
+};
+
+namespace detail {
+
+/// The masks of one (batch, head): 0 for a dropped entry, 1 / (1 - p) for a kept one.
+class DropoutMask {
+public:
+    DropoutMask() = default;
+    DropoutMask(const Dropout& dropout, const Draw& draw, offset_t item)
+        : weights_(threshold(dropout.weights)), values_(threshold(dropout.values)), keep_weight_(1 / (1 - dropout.weights)),
+          keep_value_(1 / (1 - dropout.values)), key_(draw.key()), hash_(draw.hash()), item_(static_cast<std::uint32_t>(item)) {}
+
+    bool drops_weights() const { return weights_ > 0; }
+    bool drops_values() const { return values_ > 0; }
+
+    double weight(index_t query, index_t key) const { return weights_of_four(query / 4, key)[static_cast<std::size_t>(query % 4)]; }
+    /// Queries 4 * quad .. 4 * quad + 3 share one Philox block.
+    std::array<double, 4> weights_of_four(index_t quad, index_t key) const {
+        return mask(philox({static_cast<std::uint32_t>(key), static_cast<std::uint32_t>(quad), random_stream::weight_dropout | item_, hash_}, key_),
+                    weights_, keep_weight_);
+    }
+    /// Columns 4 * quad .. 4 * quad + 3 of a row of Z after hop `hop`.
+    std::array<double, 4> values_of_four(int hop, index_t row, index_t quad) const {
+        const auto element = static_cast<std::uint32_t>(quad) | static_cast<std::uint32_t>(hop) << 20;
+        return mask(philox({element, static_cast<std::uint32_t>(row), random_stream::value_dropout | item_, hash_}, key_), values_, keep_value_);
+    }
+
+private:
+    static std::uint64_t threshold(double p) { return static_cast<std::uint64_t>(p * 4294967296.); }
+    static std::array<double, 4> mask(const std::array<std::uint32_t, 4>& words, std::uint64_t drop_below, double keep) {
+        std::array<double, 4> factors{};
+        for (std::size_t i = 0; i < 4; ++i) factors[i] = words[i] < drop_below ? 0 : keep;
+        return factors;
+    }
+
+    std::uint64_t weights_ = 0, values_ = 0;
+    double keep_weight_ = 1, keep_value_ = 1;
+    std::array<std::uint32_t, 2> key_{};
+    std::uint32_t hash_ = 0, item_ = 0;
+};
+
+}  // namespace detail
+
+POLYATTN_END_NAMESPACE

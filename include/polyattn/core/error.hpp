@@ -1,0 +1,63 @@
+#pragma once
+
+#include <polyattn/core/config.hpp>
+
+#include <cmath>
+#include <cstring>
+#include <stdexcept>
+#include <string>
+#include <utility>
+
+POLYATTN_BEGIN_NAMESPACE
+
+/// Thrown for every input the library refuses: shapes, parameters, tables, edge lists.
+/// Names the argument, what was wanted and what came.
+class invalid_input : public std::invalid_argument {
+public:
+    invalid_input(std::string argument, std::string wanted, std::string got)
+        : std::invalid_argument("polyattn: " + argument + ": wanted " + wanted + ", got " + got),
+          argument_(std::move(argument)), wanted_(std::move(wanted)), got_(std::move(got)) {}
+
+    const std::string& argument() const noexcept { return argument_; }
+    const std::string& wanted() const noexcept { return wanted_; }
+    const std::string& got() const noexcept { return got_; }
+
+private:
+    std::string argument_, wanted_, got_;
+};
+
+namespace detail {
+
+template <class T>
+std::string describe_value(const T& value) {
+    if constexpr (std::is_convertible_v<const T&, std::string>) return value;
+    else return std::to_string(value);
+}
+
+/// Throws unless `ok`. `wanted` and `got` are only turned into text when the check fails.
+template <class Got>
+void require(bool ok, const char* argument, const char* wanted, const Got& got) {
+    if (!ok) throw invalid_input(argument, wanted, describe_value(got));
+}
+
+/// Finite by its bits: std::isfinite folds to true under -ffast-math.
+inline bool is_finite(double value) {
+    std::uint64_t bits;
+    std::memcpy(&bits, &value, sizeof bits);
+    return (bits >> 52 & 0x7ff) != 0x7ff;
+}
+inline bool is_finite(float value) {
+    std::uint32_t bits;
+    std::memcpy(&bits, &value, sizeof bits);
+    return (bits >> 23 & 0xff) != 0xff;
+}
+
+/// A finite number in [low, high]; NaN and infinities are named as such even under -ffast-math.
+inline void require_in_range(double value, double low, double high, const char* argument, const char* wanted) {
+    require(is_finite(value) && value >= low && value <= high, argument, wanted,
+            is_finite(value) ? std::to_string(value) : std::string("a value that is not finite"));
+}
+
+}  // namespace detail
+
+POLYATTN_END_NAMESPACE

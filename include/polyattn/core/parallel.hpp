@@ -1,0 +1,57 @@
+#pragma once
+
+#include <polyattn/core/config.hpp>
+
+#include <exception>
+#include <utility>
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
+
+POLYATTN_BEGIN_NAMESPACE
+
+/// Threads that parallel_for may use here: OpenMP's setting, 1 without OpenMP or inside a parallel region.
+inline int worker_count() {
+#if defined(_OPENMP)
+    return omp_in_parallel() ? 1 : omp_get_max_threads();
+#else
+    return 1;
+#endif
+}
+
+/// Calls body(i, worker) once for every i of [0, count), worker < worker_count(). Nested calls run serially. The first
+/// exception a body throws is rethrown to the caller after all threads have stopped. Which thread takes which i is open,
+/// so a body must not let its result depend on it.
+template <class Body>
+void parallel_for(offset_t count, Body&& body) {
+#if defined(_OPENMP)
+    if (count > 1 && worker_count() > 1) {
+        std::exception_ptr failure;
+        bool failed = false;
+#pragma omp parallel
+        {
+            const int worker = omp_get_thread_num();
+#pragma omp for schedule(dynamic, 1)
+            for (offset_t i = 0; i < count; ++i) {
+                bool stop;
+#pragma omp atomic read
+                stop = failed;
+                if (stop) continue;
+                try {
+                    body(i, worker);
+                } catch (...) {
+#pragma omp critical(polyattn_failure)
+                    if (!failure) failure = std::current_exception();
+#pragma omp atomic write
+                    failed = true;
+                }
+            }
+        }
+        if (failure) std::rethrow_exception(failure);
+        return;
+    }
+#endif
+    for (offset_t i = 0; i < count; ++i) body(i, 0);
+}
+
+POLYATTN_END_NAMESPACE

@@ -1,0 +1,113 @@
+#pragma once
+
+#include <polyattn/core/config.hpp>
+
+#include <algorithm>
+#include <array>
+#include <numeric>
+#include <unordered_set>
+#include <vector>
+
+POLYATTN_BEGIN_NAMESPACE
+
+/// Philox 4x32-10, a counter-based generator: a pure function of (counter, key), so every backend and every number of
+/// threads draws the same numbers. Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC 2011), table 2.
+POLYATTN_HOST_DEVICE constexpr std::array<std::uint32_t, 4> philox(std::array<std::uint32_t, 4> counter,
+                                                                  std::array<std::uint32_t, 2> key) {
+    for (int round = 0; round < 10; ++round) {
+        const std::uint64_t a = std::uint64_t{0xD2511F53u} * counter[0];
+        const std::uint64_t b = std::uint64_t{0xCD9E8D57u} * counter[2];
+        counter = {static_cast<std::uint32_t>(b >> 32) ^ counter[1] ^ key[0], static_cast<std::uint32_t>(b),
+                   static_cast<std::uint32_t>(a >> 32) ^ counter[3] ^ key[1], static_cast<std::uint32_t>(a)};
+        key[0] += 0x9E3779B9u;
+        key[1] += 0xBB67AE85u;
+    }
+    return counter;
+}
+
+/// What a random choice may depend on besides its own seed: one training step, layer, ensemble sample and worker.
+struct Draw {
+    std::uint64_t seed = 0;
+    std::uint32_t step = 0;
+    std::uint32_t layer = 0;
+    std::uint32_t sample = 0;
+    std::uint32_t worker = 0;
+
+    friend bool operator==(const Draw&, const Draw&) = default;
+    friend auto operator<=>(const Draw&, const Draw&) = default;
+
+    constexpr std::array<std::uint32_t, 2> key() const {
+        return {static_cast<std::uint32_t>(seed), static_cast<std::uint32_t>(seed >> 32)};
+    }
+    /// The fourth counter word: Philox of (step, layer, sample, worker) under the seed.
+    constexpr std::uint32_t hash() const { return philox({step, layer, sample, worker}, key())[0]; }
+};
+
+/// Third counter word: keeps choices apart that share a seed.
+namespace random_stream {
+inline constexpr std::uint32_t global_tokens = 1, random_tokens = 2, random_blocks = 3, erdos_renyi = 4, random_regular = 5,
+                               weight_dropout = 0x40000000u, value_dropout = 0x80000000u;
+}
+
+/// The numbers of one (seed, row, stream, draw): counter = (element / 4, row, stream, hash of the draw), words in order.
+class RandomRow {
+public:
+    RandomRow(std::uint64_t seed, std::uint32_t row, std::uint32_t stream, std::uint32_t draw_hash = 0)
+        : counter_{0, row, stream, draw_hash},
+          key_{static_cast<std::uint32_t>(seed), static_cast<std::uint32_t>(seed >> 32)} {}
+
+    std::uint32_t next() {
+        if (used_ == 4) {
+            words_ = philox(counter_, key_);
+            ++counter_[0];
+            used_ = 0;
+        }
+        return words_[static_cast<std::size_t>(used_++)];
+    }
+
+    /// Uniform in [0, bound), exactly: multiply and reject. bound >= 1.
+    std::uint32_t below(std::uint32_t bound) {
+        const std::uint32_t reject_below = (0u - bound) % bound;  // 2^32 mod bound
+        for (;;) {
+            const std::uint64_t product = std::uint64_t{next()} * bound;
+            if (static_cast<std::uint32_t>(product) >= reject_below) return static_cast<std::uint32_t>(product >> 32);
+        }
+    }
+
+    /// `count` distinct numbers of [0, bound), ascending; all of them when count >= bound. O(count log count), Floyd's method.
+    void distinct(index_t bound, index_t count, std::vector<index_t>& out) {
+        out.clear();
+        if (count >= bound) {
+            out.resize(static_cast<std::size_t>(bound));
+            std::iota(out.begin(), out.end(), 0);
+            return;
+        }
+        // A sorted vector beats a hash set for the few dozen numbers of a row; long draws take the set.
+        if (count <= 512) {
+            for (index_t last = bound - count; last < bound; ++last) {
+                const auto pick = static_cast<index_t>(below(static_cast<std::uint32_t>(last) + 1));
+                const auto at = std::lower_bound(out.begin(), out.end(), pick);
+                if (at != out.end() && *at == pick) out.push_back(last);
+                else out.insert(at, pick);
+            }
+        } else {
+            std::unordered_set<index_t> seen;
+            seen.reserve(static_cast<std::size_t>(count) * 2);
+            for (index_t last = bound - count; last < bound; ++last) {
+                const auto pick = static_cast<index_t>(below(static_cast<std::uint32_t>(last) + 1));
+                const index_t chosen = seen.insert(pick).second ? pick : last;
+                if (chosen == last) seen.insert(last);
+                out.push_back(chosen);
+            }
+            std::sort(out.begin(), out.end());
+        }
+    }
+
+private:
+    std::array<std::uint32_t, 4> counter_;
+    std::array<std::uint32_t, 2> key_;
+    std::array<std::uint32_t, 4> words_{};
+    int used_ = 4;
+};
+
+POLYATTN_END_NAMESPACE

@@ -1,0 +1,50 @@
+#pragma once
+
+#include <polyattn/plan/set_algebra.hpp>
+#include <polyattn/policy/concept.hpp>
+
+POLYATTN_BEGIN_NAMESPACE
+
+/// A SparsityPattern says which keys each query sees: plan(queries, keys) yields the parts, disjoint, as a pure function of
+/// the pattern's members and the two numbers. With unequal numbers, query i stands at position i + keys - queries, so the
+/// last query stands at the last key (decoding).
+/// Optional: `static constexpr bool is_causal = true` if no query ever sees a key behind its own position (samplers ask).
+template <class P>
+concept SparsityPattern = PolicyOf<P, sparsity_pattern_kind> && requires(const P& pattern, index_t n) {
+    { pattern.plan(n, n) } -> std::same_as<Plan>;
+};
+
+namespace detail {
+
+template <class P>
+constexpr bool is_causal() {
+    if constexpr (requires { P::is_causal; }) return P::is_causal;
+    else return false;
+}
+
+/// Position of query i on the axis of the keys.
+struct Alignment {
+    index_t queries, keys;
+    offset_t position(index_t query) const { return offset_t{query} + keys - queries; }
+    /// The query at a key's position, -1 if there is none.
+    index_t query_at(index_t key) const {
+        const offset_t query = offset_t{key} - keys + queries;
+        return query >= 0 && query < queries ? static_cast<index_t>(query) : -1;
+    }
+    /// Ascending queries at ascending positions.
+    std::vector<index_t> queries_at(std::span<const index_t> positions) const {
+        std::vector<index_t> found;
+        for (const index_t position : positions)
+            if (const index_t query = query_at(position); query >= 0) found.push_back(query);
+        return found;
+    }
+};
+
+inline void require_square(const char* pattern, index_t queries, index_t keys) {
+    if (queries != keys)
+        throw invalid_input(pattern, "as many queries as keys", std::to_string(queries) + " queries, " + std::to_string(keys) + " keys");
+}
+
+}  // namespace detail
+
+POLYATTN_END_NAMESPACE

@@ -1,0 +1,20 @@
+#pragma once
+
+#include <polyattn/policy/pattern/concept.hpp>
+
+POLYATTN_BEGIN_NAMESPACE
+
+/// A caller's graph in compressed sparse rows: query i sees keys[offsets[i] .. offsets[i + 1]), strictly ascending.
+struct EdgeList {
+    using policy_kind = sparsity_pattern_kind;
+    std::vector<offset_t> offsets = {};
+    std::vector<index_t> keys = {};
+
+    /// Throws invalid_input unless there are queries + 1 ascending offsets from 0 to the number of keys, and every row is
+    /// strictly ascending and in range.
+    Plan plan(index_t queries, index_t key_count) const { return PlanBuilder(queries, key_count).edges({offsets, keys}).build(); }
+};
+
+static_assert(SparsityPattern<EdgeList>);
+
+POLYATTN_END_NAMESPACE

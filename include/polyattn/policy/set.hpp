@@ -1,0 +1,76 @@
+#pragma once
+// Which policies a list of types names, by kind, and what is wrong with the list in one sentence.
+
+#include <polyattn/policy/backend.hpp>
+#include <polyattn/policy/bias/concept.hpp>
+#include <polyattn/policy/diffusion/diffusion.hpp>
+#include <polyattn/policy/pattern/dense.hpp>
+#include <polyattn/policy/sampler/concept.hpp>
+#include <polyattn/policy/score/softmax.hpp>
+
+#include <tuple>
+
+POLYATTN_BEGIN_NAMESPACE
+
+namespace detail {
+
+template <class Kind, class... Ps>
+inline constexpr int count_of_kind = (0 + ... + int{PolicyOf<Ps, Kind>});
+
+/// The first type of a kind, or the default.
+template <class Kind, class Default, class... Ps>
+struct select_kind {
+    using type = Default;
+};
+template <class Kind, class Default, class P, class... Ps>
+struct select_kind<Kind, Default, P, Ps...> {
+    using type = typename std::conditional_t<PolicyOf<P, Kind>, std::type_identity<P>, select_kind<Kind, Default, Ps...>>::type;
+};
+
+template <class P>
+concept KnownKind = PolicyOf<P, sparsity_pattern_kind> || PolicyOf<P, sampler_kind> || PolicyOf<P, diffusion_kind> || PolicyOf<P, score_kind> ||
+                    PolicyOf<P, bias_kind> || PolicyOf<P, backend_kind>;
+
+template <class P>
+inline constexpr bool is_backend = false;
+template <>
+inline constexpr bool is_backend<Reference> = true;
+template <class A>
+inline constexpr bool is_backend<Simd<A>> = true;
+
+template <class... Ps>
+struct PolicySet {
+    using Pattern = typename select_kind<sparsity_pattern_kind, Dense, Ps...>::type;
+    using Sampler = typename select_kind<sampler_kind, AllSources, Ps...>::type;
+    using Diffusion = typename select_kind<diffusion_kind, NoDiffusion, Ps...>::type;
+    using Score = typename select_kind<score_kind, Softmax, Ps...>::type;
+    using Bias = typename select_kind<bias_kind, NoBias, Ps...>::type;
+    using Backend = typename select_kind<backend_kind, Simd<>, Ps...>::type;
+
+    static constexpr bool policies_only = (KnownKind<Ps> && ...);
+    template <class Kind>
+    static constexpr bool at_most_one = count_of_kind<Kind, Ps...> <= 1;
+    static constexpr bool no_repeats = at_most_one<sparsity_pattern_kind> && at_most_one<sampler_kind> && at_most_one<diffusion_kind> &&
+                                       at_most_one<score_kind> && at_most_one<bias_kind> && at_most_one<backend_kind>;
+    static constexpr bool complete = SparsityPattern<Pattern> && SamplerPolicy<Sampler> && DiffusionPolicy<Diffusion> &&
+                                     std::same_as<Score, Softmax> && BiasPolicy<Bias> && is_backend<Backend>;
+    static constexpr bool valid = policies_only && no_repeats && complete;
+};
+
+/// Stands in for a layer whose policies do not fit, so that the one sentence is the only error.
+struct Anything {
+    template <class... Args>
+    Anything(Args&&...) {}
+    template <class... Args>
+    Anything operator()(Args&&...) const { return {}; }
+};
+struct InvalidAttention {
+    template <class... Args>
+    explicit InvalidAttention(Args&&...) {}
+    template <class... Args>
+    Anything operator()(Args&&...) const { return {}; }
+};
+
+}  // namespace detail
+
+POLYATTN_END_NAMESPACE

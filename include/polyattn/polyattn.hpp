@@ -1,0 +1,16 @@
+#pragma once
+/// Everything for the CPU.
+
+#include <polyattn/attention.hpp>
+#include <polyattn/interface/lazy.hpp>
+#include <polyattn/policy/bias/bias.hpp>
+#include <polyattn/policy/diffusion/diffusion.hpp>
+#include <polyattn/policy/pattern/big_bird.hpp>
+#include <polyattn/policy/pattern/combine.hpp>
+#include <polyattn/policy/pattern/dense.hpp>
+#include <polyattn/policy/pattern/edge_list.hpp>
+#include <polyattn/policy/pattern/grid.hpp>
+#include <polyattn/policy/pattern/local_global_random.hpp>
+#include <polyattn/policy/pattern/random.hpp>
+#include <polyattn/policy/pattern/sparse_transformer.hpp>
+#include <polyattn/policy/pattern/window.hpp>
