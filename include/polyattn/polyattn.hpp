@@ -2,7 +2,9 @@
 /// Everything for the CPU.
 
 #include <polyattn/attention.hpp>
+#include <polyattn/backend/simd/describe.hpp>
 #include <polyattn/interface/lazy.hpp>
+#include <polyattn/plan/picture.hpp>
 #include <polyattn/policy/bias/bias.hpp>
 #include <polyattn/policy/diffusion/diffusion.hpp>
 #include <polyattn/policy/pattern/big_bird.hpp>

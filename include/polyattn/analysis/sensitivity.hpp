@@ -1,0 +1,31 @@
+#pragma once
+
+#include <polyattn/core/tensor.hpp>
+
+#include <cmath>
+
+POLYATTN_BEGIN_NAMESPACE
+
+/// How much a map of tokens changes when the text is shifted by one token: |f(roll x) - roll f(x)| / |f(x)|, Frobenius norms, over
+/// the tokens that are not within `margin` of either end. f maps [tokens, dim] to [tokens, any].
+/// Source: Diffuser (AAAI 2023), figure 1: block patterns are sensitive, token-wise ones are not.
+template <class F>
+double shift_sensitivity(F&& f, const Tensor<double>& x, index_t margin = 1) {
+    const auto n = static_cast<index_t>(x.shape[0]);
+    const auto roll = [&](const Tensor<double>& t) {
+        Tensor<double> rolled = t;
+        std::rotate(rolled.values.begin(), rolled.values.end() - t.shape[1], rolled.values.end());
+        return rolled;
+    };
+    const Tensor<double> shifted = f(roll(x)), plain = roll(f(x));
+    double difference = 0, size = 0;
+    for (index_t i = margin; i < n - margin; ++i)
+        for (offset_t c = 0; c < plain.shape[1]; ++c) {
+            const auto at = static_cast<std::size_t>(i * plain.shape[1] + c);
+            difference += (shifted.values[at] - plain.values[at]) * (shifted.values[at] - plain.values[at]);
+            size += plain.values[at] * plain.values[at];
+        }
+    return size > 0 ? std::sqrt(difference / size) : 0;
+}
+
+POLYATTN_END_NAMESPACE
