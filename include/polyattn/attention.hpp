@@ -309,19 +309,19 @@ private:
     void check_shapes(const TensorView<const T>& q, const TensorView<const T>& k, const TensorView<const T>& v) const {
         detail::require(q.dim() >= 1, "q", "a head dimension >= 1", q.dim());
         detail::require(k.heads() == q.heads() || (k.heads() > 0 && q.heads() % k.heads() == 0), "k",
-                        ("a number of heads that divides q's " + std::to_string(q.heads())).c_str(), k.heads());
+                        [&] { return detail::text("a number of heads that divides q's ", q.heads()); }, k.heads());
         require_shape(k, {q.extents[0], k.extents[1], k.extents[2], q.extents[3]}, q.rank, "k");
         require_shape(v, {q.extents[0], k.extents[1], k.extents[2], v.extents[3]}, q.rank, "v");
         if (needs_square() && q.tokens() != k.tokens())
-            throw invalid_input("k", "as many keys as queries for diffusion, " + std::to_string(q.tokens()), std::to_string(k.tokens()));
+            throw invalid_input("k", detail::text("as many keys as queries for diffusion, ", q.tokens()), std::to_string(k.tokens()));
         if constexpr (requires { bias_.check_heads(q.heads()); }) bias_.check_heads(q.heads());
     }
 
     static void check_lengths(const std::vector<index_t>& lengths, index_t batch, index_t tokens, const char* argument) {
         if (lengths.empty()) return;
-        detail::require(lengths.size() == static_cast<std::size_t>(batch), argument, ("one length for each of " + std::to_string(batch) + " batch items").c_str(), lengths.size());
+        detail::require(lengths.size() == static_cast<std::size_t>(batch), argument, [&] { return detail::text("one length for each of ", batch, " batch items"); }, lengths.size());
         for (const index_t length : lengths)
-            detail::require(length >= 0 && length <= tokens, argument, ("lengths from 0 to " + std::to_string(tokens)).c_str(), length);
+            detail::require(length >= 0 && length <= tokens, argument, [&] { return detail::text("lengths from 0 to ", tokens); }, length);
     }
 
     Plan make_plan(index_t queries, index_t keys, const Draw& draw) const {
@@ -335,8 +335,8 @@ private:
     Plan plan_for(const CallOptions& options, index_t queries, index_t keys) const {
         if (!options.plan) return plan(queries, keys, options.draw);
         if (options.plan->queries() != queries || options.plan->keys() != keys)
-            throw invalid_input("plan", std::to_string(queries) + " queries x " + std::to_string(keys) + " keys",
-                                std::to_string(options.plan->queries()) + " x " + std::to_string(options.plan->keys()));
+            throw invalid_input("plan", detail::text(queries, " queries x ", keys, " keys"),
+                                detail::text(options.plan->queries(), " x ", options.plan->keys()));
         return *options.plan;
     }
 

@@ -6,6 +6,7 @@
 #include <cstring>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 #include <utility>
 
 POLYATTN_BEGIN_NAMESPACE
@@ -15,7 +16,7 @@ POLYATTN_BEGIN_NAMESPACE
 class invalid_input : public std::invalid_argument {
 public:
     invalid_input(std::string argument, std::string wanted, std::string got)
-        : std::invalid_argument("polyattn: " + argument + ": wanted " + wanted + ", got " + got),
+        : std::invalid_argument(std::string("polyattn: ").append(argument).append(": wanted ").append(wanted).append(", got ").append(got)),
           argument_(std::move(argument)), wanted_(std::move(wanted)), got_(std::move(got)) {}
 
     const std::string& argument() const noexcept { return argument_; }
@@ -28,16 +29,24 @@ private:
 
 namespace detail {
 
-template <class T>
-std::string describe_value(const T& value) {
-    if constexpr (std::is_convertible_v<const T&, std::string>) return value;
-    else return std::to_string(value);
+/// Joins strings and numbers.
+template <class... Parts>
+std::string text(const Parts&... parts) {
+    std::string joined;
+    const auto add = [&](const auto& part) {
+        if constexpr (std::is_arithmetic_v<std::decay_t<decltype(part)>>) joined += std::to_string(part);
+        else joined += part;
+    };
+    (add(parts), ...);
+    return joined;
 }
 
-/// Throws unless `ok`. `wanted` and `got` are only turned into text when the check fails.
-template <class Got>
-void require(bool ok, const char* argument, const char* wanted, const Got& got) {
-    if (!ok) throw invalid_input(argument, wanted, describe_value(got));
+/// Throws unless `ok`. `wanted` may be a function that makes the text, so that a check that passes allocates nothing.
+template <class Wanted, class Got>
+void require(bool ok, const char* argument, const Wanted& wanted, const Got& got) {
+    if (ok) return;
+    if constexpr (std::is_invocable_v<Wanted>) throw invalid_input(argument, wanted(), text(got));
+    else throw invalid_input(argument, wanted, text(got));
 }
 
 /// Finite by its bits: std::isfinite folds to true under -ffast-math.

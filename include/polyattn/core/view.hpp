@@ -66,7 +66,7 @@ TensorView<T> make_view(T* data, const Extents& extents, const Strides& strides,
     const auto rank = static_cast<int>(extents.size());
     if (rank < 2 || rank > 4)
         throw invalid_input(argument, "rank 2 [tokens, dim], 3 [heads, tokens, dim] or 4 [batch, heads, tokens, dim]",
-                            "rank " + std::to_string(rank));
+                            detail::text("rank ", rank));
     require(extents.size() == strides.size(), argument, "as many strides as extents", std::to_string(strides.size()));
     TensorView<T> view{data, {1, 1, 1, 1}, {0, 0, 0, 0}, rank};
     for (int axis = 0; axis < rank; ++axis) {

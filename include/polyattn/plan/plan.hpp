@@ -212,7 +212,7 @@ public:
                         "none or one a row", tile.bounds.size());
         for (const Bounds& range : tile.bounds)
             detail::require(range.begin >= 0 && range.end <= tile.keys.size(), "bounds of a tile", "positions of its keys",
-                            "[" + std::to_string(range.begin) + ", " + std::to_string(range.end) + ")");
+                            detail::text("[", range.begin, ", ", range.end, ")"));
         detail::require(tile.excluded.empty() || !tile.keys.is_list(), "excluded keys of a tile", "none beside listed keys",
                         tile.excluded.size());
         check_ascending(tile.excluded, keys_, "excluded keys of a tile");
@@ -224,7 +224,7 @@ public:
     PlanBuilder& edges(Edges edges) {
         detail::require(edges_.keys.empty(), "edges", "one edge list a plan", "a second one");
         detail::require(edges.offsets.size() == static_cast<std::size_t>(queries_) + 1 || (edges.offsets.empty() && edges.keys.empty()),
-                        "edge offsets", (std::to_string(queries_) + " + 1 of them").c_str(), edges.offsets.size());
+                        "edge offsets", [&] { return detail::text(queries_, " + 1 of them"); }, edges.offsets.size());
         if (!edges.offsets.empty()) {
             detail::require(edges.offsets.front() == 0, "edge offsets", "0 first", edges.offsets.front());
             detail::require(edges.offsets.back() == edges.count(), "edge offsets", "the number of edges last", edges.offsets.back());
@@ -243,17 +243,17 @@ private:
     static void check_ascending(std::span<const index_t> indices, index_t limit, const char* argument) {
         for (std::size_t i = 0; i < indices.size(); ++i) {
             if (indices[i] < 0 || indices[i] >= limit)
-                throw invalid_input(argument, "indices of [0, " + std::to_string(limit) + ")", std::to_string(indices[i]));
+                throw invalid_input(argument, detail::text("indices of [0, ", limit, ")"), std::to_string(indices[i]));
             if (i > 0 && indices[i] <= indices[i - 1])
                 throw invalid_input(argument, "strictly ascending indices, no duplicates",
-                                    std::to_string(indices[i]) + " after " + std::to_string(indices[i - 1]));
+                                    detail::text(indices[i], " after ", indices[i - 1]));
         }
     }
     static void check_sequence(const IndexSequence& sequence, index_t limit, const char* argument) {
         if (sequence.is_list()) return check_ascending(sequence.elements(), limit, argument);
         if (!sequence.empty() && (sequence.front() < 0 || sequence.back() >= limit))
-            throw invalid_input(argument, "indices of [0, " + std::to_string(limit) + ")",
-                                std::to_string(sequence.front()) + " to " + std::to_string(sequence.back()));
+            throw invalid_input(argument, detail::text("indices of [0, ", limit, ")"),
+                                detail::text(sequence.front(), " to ", sequence.back()));
     }
 
     index_t queries_, keys_;

@@ -169,8 +169,8 @@ inline std::vector<index_t> tiles_on_rows(const Plan& plan, const Tile& tile) {
 
 inline void require_same_shape(const Plan& a, const Plan& b) {
     if (a.queries() != b.queries() || a.keys() != b.keys())
-        throw invalid_input("plan", std::to_string(a.queries()) + " queries x " + std::to_string(a.keys()) + " keys",
-                            std::to_string(b.queries()) + " x " + std::to_string(b.keys()));
+        throw invalid_input("plan", detail::text(a.queries(), " queries x ", a.keys(), " keys"),
+                            detail::text(b.queries(), " x ", b.keys()));
 }
 
 }  // namespace detail
@@ -224,8 +224,8 @@ inline Plan intersect(const Plan& a, const Plan& b) {
 /// The first `queries` queries and `keys` keys of a plan. Throws invalid_input if it has fewer.
 inline Plan prefix(const Plan& plan, index_t queries, index_t keys) {
     detail::require(queries <= plan.queries() && keys <= plan.keys(), "prefix",
-                    ("at most " + std::to_string(plan.queries()) + " queries x " + std::to_string(plan.keys()) + " keys").c_str(),
-                    std::to_string(queries) + " x " + std::to_string(keys));
+                    [&] { return detail::text("at most ", plan.queries(), " queries x ", plan.keys(), " keys"); },
+                    detail::text(queries, " x ", keys));
     const Tile corner{IndexSequence::range(0, queries), IndexSequence::range(0, keys), {}, {}};
     std::vector<Tile> tiles;
     for (const Tile& tile : plan.tiles()) {

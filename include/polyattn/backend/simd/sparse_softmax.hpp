@@ -24,8 +24,7 @@ T exp2_in_place(std::span<T> x, T shift) {
         alignas(64) T rest[width];
         std::fill_n(rest, width, masked_score<T>);
         std::copy(x.begin() + static_cast<std::ptrdiff_t>(e), x.end(), rest);
-        V weight = V::load_aligned(rest) - V(shift);
-        weight = pow2(xsimd::select(V::load_aligned(rest) > V(masked_score<T>), weight, V(masked_score<T>)));
+        const V weight = pow2(V::load_aligned(rest) - V(shift));
         weight.store_aligned(rest);
         std::copy_n(rest, x.size() - e, x.begin() + static_cast<std::ptrdiff_t>(e));
         sum = sum + weight;

@@ -80,17 +80,19 @@ public:
         const Rows<T> q = readable_rows(head_.q, true, Tiles::lanes, arena), k = readable_rows(head_.k, true, Tiles::lanes, arena);
         const index_t dim = padded(head_.q.cols, Tiles::lanes), value_dim = head_.v.cols;
         const T scale = static_cast<T>(head_.scale);
-        NonFiniteRows bad_keys, bad_queries, bad_values;
-        bool any_bad_value = false;
+        NonFiniteRows bad_keys, bad_queries, bad_terms;
+        bool clear_masked = false;  // 0 x NaN would leave a NaN where a row sees nothing
         if (masked_) {
             bad_keys.mark(k, head_.k.rows, head_.k.cols, arena);
             bad_queries.mark(q, head_.q.rows, head_.q.cols, arena);
+            clear_masked = bad_keys.any() || bad_queries.any();
             for (const auto& term : terms) {
-                bad_values.mark(term.z, head_.v.rows, value_dim, arena);
-                any_bad_value |= bad_values.any();
+                bad_terms.mark(term.z, head_.v.rows, value_dim, arena);
+                clear_masked |= bad_terms.any();
+                bad_terms.mark(term.g, head_.q.rows, value_dim, arena);
+                clear_masked |= bad_terms.any();
             }
         }
-        const bool clear_masked = masked_ && (any_bad_value || bad_keys.any() || bad_queries.any());
 
         struct Buffers {
             T *g, *d_scores, *queries, *d_query;

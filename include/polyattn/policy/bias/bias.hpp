@@ -37,7 +37,7 @@ public:
     Bound bind(index_t queries, index_t keys) const { return {slopes_, offset_t{keys} - queries}; }
     /// Throws invalid_input if the layer has another number of heads.
     void check_heads(index_t heads) const {
-        detail::require(heads == static_cast<index_t>(slopes_->size()), "heads of Alibi", std::to_string(heads).c_str(), slopes_->size());
+        detail::require(heads == static_cast<index_t>(slopes_->size()), "heads of Alibi", [&] { return std::to_string(heads); }, slopes_->size());
     }
 
 private:
@@ -58,7 +58,7 @@ struct RelativePosition {
         detail::require_table(table, gradient_size(), "table");
     }
     void check_heads(index_t layer_heads) const {
-        detail::require(layer_heads == heads, "heads of RelativePosition", std::to_string(layer_heads).c_str(), heads);
+        detail::require(layer_heads == heads, "heads of RelativePosition", [&] { return std::to_string(layer_heads); }, heads);
     }
 
     struct Bound {
@@ -96,7 +96,7 @@ struct RelativePosition2D {
         detail::require_table(table, gradient_size(), "table");
     }
     void check_heads(index_t layer_heads) const {
-        detail::require(layer_heads == heads, "heads of RelativePosition2D", std::to_string(layer_heads).c_str(), heads);
+        detail::require(layer_heads == heads, "heads of RelativePosition2D", [&] { return std::to_string(layer_heads); }, heads);
     }
     double operator()(index_t, index_t head, index_t query, index_t key) const { return table[at(head, query, key)]; }
     void accumulate_gradient(std::span<double> gradient, index_t, index_t head, index_t query, index_t key, double d_score) const {
@@ -130,7 +130,7 @@ struct TableBias {
         detail::require_table(table, table.size(), "table");
     }
     void check_heads(index_t layer_heads) const {
-        detail::require(layer_heads == heads, "heads of TableBias", std::to_string(layer_heads).c_str(), heads);
+        detail::require(layer_heads == heads, "heads of TableBias", [&] { return std::to_string(layer_heads); }, heads);
     }
     double operator()(index_t batch, index_t head, index_t query, index_t key) const { return table[at(batch, head, query, key)]; }
     void accumulate_gradient(std::span<double> gradient, index_t batch, index_t head, index_t query, index_t key, double d_score) const {
@@ -143,7 +143,7 @@ private:
         const auto row = static_cast<offset_t>(index(batch, query, key));
         const auto rows = static_cast<offset_t>(table.size()) / heads;
         if (row < 0 || row >= rows)
-            throw invalid_input("row of the bias table", "rows of [0, " + std::to_string(rows) + ")", std::to_string(row));
+            throw invalid_input("row of the bias table", detail::text("rows of [0, ", rows, ")"), std::to_string(row));
         return static_cast<std::size_t>(row * heads + head);
     }
 };

@@ -41,7 +41,7 @@ auto bind_bias(const P& bias, index_t queries, index_t keys) {
 
 /// Throws unless a table of `size` entries, all finite, is there.
 inline void require_table(std::span<const double> table, std::size_t size, const char* argument) {
-    require(table.size() == size, argument, (std::to_string(size) + " entries").c_str(), table.size());
+    require(table.size() == size, argument, [&] { return detail::text(size, " entries"); }, table.size());
     for (const double entry : table) require(is_finite(entry), argument, "finite entries", "one that is not");
 }
 

@@ -42,7 +42,7 @@ struct Alignment {
 
 inline void require_square(const char* pattern, index_t queries, index_t keys) {
     if (queries != keys)
-        throw invalid_input(pattern, "as many queries as keys", std::to_string(queries) + " queries, " + std::to_string(keys) + " keys");
+        throw invalid_input(pattern, "as many queries as keys", detail::text(queries, " queries, ", keys, " keys"));
 }
 
 }  // namespace detail

@@ -24,7 +24,7 @@ struct ShiftedWindows2D {
         detail::require_square("ShiftedWindows2D", queries, keys);
         const offset_t pixels = offset_t{height} * width;
         if (pixels != keys)
-            throw invalid_input("height x width", std::to_string(keys) + " tokens", std::to_string(height) + " x " + std::to_string(width));
+            throw invalid_input("height x width", detail::text(keys, " tokens"), detail::text(height, " x ", width));
         PlanBuilder builder(queries, keys);
         const auto first = [&] { return shift > 0 ? shift - window : 0; };
         for (index_t y = first(); y < height; y += window)

@@ -129,7 +129,7 @@ struct RandomRegular {
     /// Throws invalid_input unless queries == keys and the degree is below half of them.
     Plan plan(index_t queries, index_t keys) const {
         detail::require_square("RandomRegular", queries, keys);
-        detail::require(degree == 0 || offset_t{degree} * 2 < keys, "degree", ("less than half of " + std::to_string(keys) + " tokens").c_str(), degree);
+        detail::require(degree == 0 || offset_t{degree} * 2 < keys, "degree", [&] { return detail::text("less than half of ", keys, " tokens"); }, degree);
         const auto n = static_cast<std::size_t>(keys);
         std::vector<std::vector<index_t>> neighbours;
         for (std::uint32_t attempt = 0;; ++attempt)
