@@ -1,0 +1,76 @@
+// One mistake a macro. Without any this is the control.
+#include <polyattn/polyattn.hpp>
+
+using namespace polyattn;
+
+struct NotAPolicy {};
+struct PatternWithoutPlan {
+    using policy_kind = sparsity_pattern_kind;
+};
+struct SamplerWithoutSample {
+    using policy_kind = sampler_kind;
+};
+struct OtherSampler : AllSources {};
+struct DiffusionWithoutRecursion {
+    using policy_kind = diffusion_kind;
+};
+struct BiasWithoutCall {
+    using policy_kind = bias_kind;
+};
+struct ForeignScore {
+    using policy_kind = score_kind;
+};
+struct ForeignBackend {
+    using policy_kind = backend_kind;
+};
+
+int main() {
+    const xt::xtensor<float, 4> x = xt::zeros<float>({1, 1, 4, 4});
+    const xt::xtensor<double, 4> other = x;
+    const xt::xtensor<int, 4> integers = xt::zeros<int>({1, 1, 4, 4});
+#if defined(CASE_two_patterns)
+    Attention<Dense, PPR<5>, SlidingWindow> attention;
+#elif defined(CASE_two_diffusions)
+    Attention attention{PPR<5>{}, HeatKernel<3>{}};
+#elif defined(CASE_two_samplers)
+    Attention<AllSources, OtherSampler> attention;
+#elif defined(CASE_two_biases)
+    Attention attention{Alibi(4), RelativePosition{}};
+#elif defined(CASE_two_scores)
+    Attention<Softmax, Softmax> attention;
+#elif defined(CASE_two_backends)
+    Attention<Simd<>, Reference> attention;
+#elif defined(CASE_no_policy)
+    Attention<Dense, NotAPolicy> attention;
+#elif defined(CASE_pattern_without_plan)
+    Attention<PatternWithoutPlan> attention;
+#elif defined(CASE_sampler_without_sample)
+    Attention<SamplerWithoutSample> attention;
+#elif defined(CASE_diffusion_without_recursion)
+    Attention<DiffusionWithoutRecursion, Dense> attention;
+#elif defined(CASE_bias_without_call)
+    Attention<BiasWithoutCall> attention;
+#elif defined(CASE_foreign_score)
+    Attention<ForeignScore> attention;
+#elif defined(CASE_foreign_backend)
+    Attention<ForeignBackend> attention;
+#elif defined(CASE_negative_hops)
+    PPR<-1> diffusion;
+    (void)diffusion;
+    Attention<> attention;
+#else
+    Attention<LocalGlobalRandom, PPR<5>> attention;
+#endif
+#if defined(CASE_integer_tensors)
+    attention(integers, integers, integers);
+#elif defined(CASE_mixed_tensors)
+    attention(x, other, x);
+#elif defined(CASE_other_gradient_type)
+    attention.backward(attention.forward(x, x, x).saved, other);
+#elif defined(CASE_into_expression)
+    attention.into(x + x, x, x, x);
+#else
+    const auto out = attention(x, x, x);
+    (void)out;
+#endif
+}

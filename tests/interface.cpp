@@ -1,0 +1,231 @@
+// What users hand in and get back: xtensor expressions of every rank and form, raw views, lazy nodes, in-place calls.
+#include "support/allocations.hpp"
+#include "support/random.hpp"
+
+#include <polyattn/polyattn.hpp>
+
+#if __has_include(<xtensor/views/xview.hpp>)
+#include <xtensor/misc/xmanipulation.hpp>
+#include <xtensor/views/xbroadcast.hpp>
+#include <xtensor/views/xstrided_view.hpp>
+#include <xtensor/views/xview.hpp>
+#else
+#include <xtensor/xbroadcast.hpp>
+#include <xtensor/xmanipulation.hpp>
+#include <xtensor/xstrided_view.hpp>
+#include <xtensor/xview.hpp>
+#endif
+
+#include <doctest/doctest.h>
+
+using namespace polyattn;
+
+namespace {
+
+template <std::size_t Rank>
+xt::xtensor<float, Rank> random_tensor(Random& random, std::array<std::size_t, Rank> shape) {
+    auto tensor = xt::xtensor<float, Rank>::from_shape(shape);
+    for (float& value : tensor) value = static_cast<float>(random.normal());
+    return tensor;
+}
+
+/// The same values and shape, to the bit.
+template <class A, class B>
+bool same(const A& a, const B& b) {
+    return std::equal(a.shape().begin(), a.shape().end(), b.shape().begin(), b.shape().end()) && std::equal(a.begin(), a.end(), b.begin());
+}
+
+const Attention<LocalGlobalRandom, PPR<5>>& layer() {
+    static const Attention attention{LocalGlobalRandom{.window = 8, .globals = 3, .randoms = 3}, PPR<5>{}};
+    return attention;
+}
+
+}  // namespace
+
+TEST_CASE("ranks 2, 3 and 4, static and dynamic, agree") {
+    POLYATTN_RANDOM(random);
+    const auto q = random_tensor<4>(random, {2, 3, 21, 10}), k = random_tensor<4>(random, {2, 3, 21, 10}), v = random_tensor<4>(random, {2, 3, 21, 6});
+    const xt::xtensor<float, 4> out = layer()(q, k, v);
+    CHECK((out.shape(0) == 2 && out.shape(1) == 3 && out.shape(2) == 21 && out.shape(3) == 6));
+    for (std::size_t b = 0; b < 2; ++b) {
+        const xt::xtensor<float, 3> q3 = xt::view(q, b), k3 = xt::view(k, b), v3 = xt::view(v, b);
+        CHECK(same(layer()(q3, k3, v3), xt::xtensor<float, 3>(xt::view(out, b))));
+        for (std::size_t h = 0; h < 3; ++h) {
+            const xt::xtensor<float, 2> q2 = xt::view(q, b, h), k2 = xt::view(k, b, h), v2 = xt::view(v, b, h);
+            CHECK(same(layer()(q2, k2, v2), xt::xtensor<float, 2>(xt::view(out, b, h))));
+        }
+    }
+    const xt::xarray<float> qd = q, kd = k, vd = v;
+    const xt::xarray<float> dynamic = layer()(qd, kd, vd);
+    CHECK(same(dynamic, out));
+    static_assert(std::is_same_v<decltype(layer()(qd, kd, vd)), xt::xarray<float>>);
+    static_assert(std::is_same_v<decltype(layer()(q, k, v)), xt::xtensor<float, 4>>);
+}
+
+TEST_CASE("views, transposes, broadcasts, arithmetic, adapted buffers and column-major tensors are read as they are") {
+    POLYATTN_RANDOM(random);
+    const auto q = random_tensor<4>(random, {2, 3, 21, 10}), k = random_tensor<4>(random, {2, 3, 21, 10}), v = random_tensor<4>(random, {2, 3, 21, 6});
+    const xt::xtensor<float, 4> out = layer()(q, k, v);
+    // [batch, tokens, heads, dim], as a projection leaves it
+    const xt::xtensor<float, 4> stored = xt::transpose(q, {0, 2, 1, 3});
+    CHECK(same(layer()(xt::transpose(stored, {0, 2, 1, 3}), k, v), out));
+    const xt::xtensor<float, 4> turned = xt::transpose(k, {0, 1, 3, 2});
+    CHECK(same(layer()(q, xt::transpose(turned, {0, 1, 3, 2}), v), out));  // inner stride of 21
+    const auto larger = random_tensor<4>(random, {2, 3, 40, 13});
+    const xt::xtensor<float, 4> part = xt::view(larger, xt::all(), xt::all(), xt::range(5, 26), xt::range(3, 13));
+    CHECK(same(layer()(xt::view(larger, xt::all(), xt::all(), xt::range(5, 26), xt::range(3, 13)), k, v), layer()(part, k, v)));
+    const xt::xtensor<float, 4> every_second = xt::view(larger, xt::all(), xt::all(), xt::range(0, 40, 2), xt::all());
+    CHECK(same(layer()(xt::view(larger, xt::all(), xt::all(), xt::range(0, 40, 2), xt::all()), every_second, every_second), layer()(every_second, every_second, every_second)));
+    const xt::xtensor<float, 4> sum = q + 2.f * k;
+    CHECK(same(layer()(q + 2.f * k, k, v), layer()(sum, k, v)));
+    const xt::xtensor<float, 4> halves = .5f * v;
+    CHECK(same(layer()(q, k, .5f * v), layer()(q, k, halves)));
+    const auto one_head = random_tensor<4>(random, {2, 1, 21, 10});
+    const xt::xtensor<float, 4> copies = xt::broadcast(one_head, {2, 3, 21, 10});
+    CHECK(same(layer()(q, xt::broadcast(one_head, {2, 3, 21, 10}), v), layer()(q, copies, v)));
+    const xt::xtensor<float, 4, xt::layout_type::column_major> columns = q;
+    const auto from_columns = layer()(columns, k, v);
+    CHECK(from_columns(1, 2, 3, 4) == out(1, 2, 3, 4));
+    std::vector<float> buffer(v.begin(), v.end());
+    CHECK(same(layer()(q, k, xt::adapt(buffer, {2, 3, 21, 6})), out));
+    CHECK(same(layer()(q, k, xt::adapt(buffer.data(), 2 * 3 * 21 * 6, xt::no_ownership(), std::vector<std::size_t>{2, 3, 21, 6})), out));
+    // rows 4 KiB apart
+    const auto wide = random_tensor<3>(random, {1, 30, 1024});
+    const xt::xtensor<float, 3> narrow = xt::view(wide, xt::all(), xt::all(), xt::range(0, 16));
+    CHECK(same(layer()(xt::view(wide, xt::all(), xt::all(), xt::range(0, 16)), narrow, narrow), layer()(narrow, narrow, narrow)));
+}
+
+TEST_CASE("raw views give the same as expressions") {
+    POLYATTN_RANDOM(random);
+    const auto q = random_tensor<3>(random, {4, 30, 8}), k = random_tensor<3>(random, {2, 30, 8}), v = random_tensor<3>(random, {2, 30, 8}), d_out = random_tensor<3>(random, {4, 30, 8});
+    const auto out = layer()(q, k, v);
+    const auto vq = tensor_view(q.data(), {4, 30, 8}), vk = tensor_view(k.data(), {2, 30, 8}), vv = tensor_view(v.data(), {2, 30, 8});
+    const Tensor<float> raw = layer()(vq, vk, vv);
+    CHECK(std::equal(out.begin(), out.end(), raw.values.begin(), raw.values.end()));
+    std::vector<float> target(4 * 30 * 8);
+    layer().into(tensor_view(target.data(), {4, 30, 8}), vq, vk, vv);
+    CHECK(std::equal(out.begin(), out.end(), target.begin(), target.end()));
+    const auto a = layer().forward(q, k, v);
+    const auto b = layer().forward(xt::xarray<float>(q), k, v);
+    const auto raw_forward = layer().forward(vq, vk, vv);
+    const auto ga = layer().backward(a.saved, d_out);
+    const auto gb = layer().backward(b.saved, xt::xarray<float>(d_out));
+    const auto gr = layer().backward(raw_forward.saved, tensor_view(d_out.data(), {4, 30, 8}));
+    CHECK(same(ga.q, gb.q));
+    CHECK(same(ga.k, gb.k));
+    CHECK(std::equal(ga.v.begin(), ga.v.end(), gr.v.values.begin(), gr.v.values.end()));
+    CHECK(ga.k.shape(0) == 2);
+    const Saved<float> copied = a.saved;  // a value: copies own what they point to
+    CHECK(same(layer().backward(copied, d_out).q, ga.q));
+}
+
+TEST_CASE("into: views as targets, residuals, outputs of any stride") {
+    POLYATTN_RANDOM(random);
+    const auto x = random_tensor<4>(random, {2, 3, 17, 8});
+    const auto out = layer()(x, x, x);
+    xt::xtensor<float, 4> target = xt::zeros<float>({2, 3, 17, 8});
+    layer().into(target, x, x, x);
+    CHECK(same(target, out));
+    xt::xtensor<float, 4> residual = x;
+    layer().into(residual, x, x, x, {.accumulate = true});
+    CHECK(same(residual, xt::xtensor<float, 4>(x + out)));
+    xt::xtensor<float, 4> stored = xt::zeros<float>({2, 17, 3, 8});
+    layer().into(xt::transpose(stored, {0, 2, 1, 3}), x, x, x);
+    CHECK(same(xt::xtensor<float, 4>(xt::transpose(stored, {0, 2, 1, 3})), out));
+    xt::xtensor<float, 4> wide = xt::zeros<float>({2, 3, 17, 11});
+    layer().into(xt::view(wide, xt::all(), xt::all(), xt::all(), xt::range(2, 10)), x, x, x);
+    CHECK(same(xt::xtensor<float, 4>(xt::view(wide, xt::all(), xt::all(), xt::all(), xt::range(2, 10))), out));
+    CHECK(wide(1, 2, 3, 1) == 0);
+    CHECK(wide(1, 2, 3, 10) == 0);
+}
+
+TEST_CASE("lazy: alone, in larger expressions, copied, outliving its inputs; checks at construction") {
+    POLYATTN_RANDOM(random);
+    const auto x = random_tensor<3>(random, {2, 19, 8});
+    const auto out = layer()(x, x, x);
+    const xt::xtensor<float, 3> alone = lazy(layer(), x, x, x);
+    CHECK(same(alone, out));
+    const xt::xtensor<float, 3> sum = x + 2.f * lazy(layer(), x, x, x);
+    CHECK(same(sum, xt::xtensor<float, 3>(x + 2.f * out)));
+    const auto node = [&] {
+        const xt::xtensor<float, 3> temporary = x;
+        return lazy(layer(), temporary, temporary, temporary);
+    }();
+    CHECK(node(1, 3, 4) == out(1, 3, 4));
+    xt::xtensor<float, 3> target;
+    xt::noalias(target) = node;
+    CHECK(same(target, out));
+    const xt::xarray<float> dynamic = lazy(layer(), x, x, x);
+    CHECK(same(dynamic, out));
+    xt::xtensor<float, 3> wide = xt::zeros<float>({2, 19, 10});
+    xt::view(wide, xt::all(), xt::all(), xt::range(1, 9)) = node;
+    CHECK(wide(1, 3, 5) == out(1, 3, 4));
+    CHECK_THROWS_AS(lazy(layer(), x, x, random_tensor<3>(random, {2, 18, 8})), invalid_input);
+    CHECK_THROWS_AS(lazy(layer(), x, x, x, {.key_lengths = {3, 4}}), invalid_input);
+}
+
+TEST_CASE("grouped-query heads read one key head for several query heads") {
+    POLYATTN_RANDOM(random);
+    const auto q = random_tensor<3>(random, {6, 20, 8}), k = random_tensor<3>(random, {2, 20, 8});
+    auto repeated = xt::xtensor<float, 3>::from_shape({6, 20, 8});
+    for (std::size_t h = 0; h < 6; ++h) xt::view(repeated, h) = xt::view(k, h / 3);
+    CHECK(same(layer()(q, k, k), layer()(q, repeated, repeated)));
+}
+
+TEST_CASE("decoding: the last query of a causal layer, alone, gives its row") {
+    POLYATTN_RANDOM(random);
+    const auto q = random_tensor<2>(random, {33, 8}), k = random_tensor<2>(random, {33, 8});
+    const Attention<Causal, Alibi> attention;
+    const auto all = attention(q, k, k);
+    for (const std::size_t length : {1, 2, 16, 33}) {
+        const auto last = attention(xt::view(q, xt::range(length - 1, length)), xt::view(k, xt::range(0, length)), xt::view(k, xt::range(0, length)));
+        for (std::size_t c = 0; c < 8; ++c) CHECK(last(0, c) == doctest::Approx(all(length - 1, c)).epsilon(1e-5));
+    }
+}
+
+TEST_CASE("plans are reused: by the layer, its copies, and calls that are handed one") {
+    const Attention attention{LocalGlobalRandom{.window = 8, .globals = 2, .randoms = 2}};
+    const Plan plan = attention.plan(50, 50);
+    const auto copy = attention;
+    CHECK(plan.tiles().data() == attention.plan(50, 50).tiles().data());
+    CHECK(plan.tiles().data() == copy.plan(50, 50).tiles().data());
+    for (index_t n = 1; n < 30; ++n) CHECK(attention.plan(n, n).queries() == n);  // more than the cache holds
+    CHECK(attention.plan(50, 50).count() == plan.count());
+}
+
+TEST_CASE("a call with a plan, a workspace and tensors in place allocates nothing the second time") {
+    POLYATTN_RANDOM(random);
+    const auto x = random_tensor<4>(random, {1, 2, 300, 24});
+    xt::xtensor<float, 4> out = x;
+    Workspace workspace;
+    const auto check = [&](const auto& attention) {
+        CallOptions options;
+        options.plan = attention.plan(300, 300);
+        options.workspace = &workspace;
+        attention.into(out, x, x, x, options);
+        const std::size_t before = allocation_count();
+        attention.into(out, x, x, x, options);
+        CHECK(allocation_count() == before);
+    };
+    check(layer());
+    check(Attention<Causal>{});
+    check(Attention<Strided, PPR<2>>{});
+    check(Attention<LocalGlobalRandom, Alibi>{LocalGlobalRandom{}, Alibi(2)});
+    CHECK(workspace.capacity() > 0);
+}
+
+TEST_CASE("no heads, no batch, no tokens, no columns of values") {
+    for (const auto& shape : {std::array<std::size_t, 4>{0, 2, 5, 4}, {2, 0, 5, 4}, {2, 2, 0, 4}}) {
+        const xt::xtensor<float, 4> x = xt::zeros<float>(shape);
+        const auto [out, saved] = layer().forward(x, x, x);
+        CHECK(out.size() == 0);
+        CHECK(layer().backward(saved, out).q.size() == 0);
+    }
+    const xt::xtensor<float, 2> x = xt::ones<float>({9, 4}), nothing = xt::zeros<float>({9, 0});
+    CHECK(layer()(x, x, nothing).size() == 0);
+}
+
+TEST_CASE("describe names the architecture and the threads") {
+    CHECK(describe().find(xsimd::default_arch::name()) != std::string::npos);
+    CHECK(describe().find(worker_count() == 1 ? "1 thread" : "threads") != std::string::npos);
+}

@@ -1,0 +1,8 @@
+// Two translation units that include everything link.
+#include <polyattn/analysis/expander.hpp>
+#include <polyattn/analysis/receptive_field.hpp>
+#include <polyattn/analysis/sensitivity.hpp>
+#include <polyattn/polyattn.hpp>
+
+int one();
+int main() { return one() == 10 && polyattn::Attention<polyattn::Causal>{}.plan(4, 4).count() == 10 ? 0 : 1; }

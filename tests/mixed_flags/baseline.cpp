@@ -1,0 +1,2 @@
+#define ATTEND attend_baseline
+#include "attend.inc"

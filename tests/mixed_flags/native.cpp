@@ -1,0 +1,2 @@
+#define ATTEND attend_native
+#include "attend.inc"

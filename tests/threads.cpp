@@ -1,0 +1,76 @@
+// Bitwise the same for 1, 2 and 3 threads, forward and backward; concurrent calls on one layer.
+#include "support/layers.hpp"
+#include "support/patterns.hpp"
+#include "support/random.hpp"
+
+#include <polyattn/policy/bias/bias.hpp>
+
+#include <doctest/doctest.h>
+
+#include <thread>
+
+using namespace polyattn;
+
+namespace {
+
+void set_threads([[maybe_unused]] int count) {
+#if defined(_OPENMP)
+    omp_set_num_threads(count);
+#endif
+}
+
+template <class Layer>
+std::vector<std::vector<float>> run(const Layer& layer, const CallOptions& options, const Tensor<float>& q, const Tensor<float>& k, const Tensor<float>& v) {
+    const auto [out, saved] = layer.forward(q.view(), k.view(), v.view(), options);
+    const auto gradient = layer.backward(saved, q.view());
+    return {layer(q.view(), k.view(), v.view(), options).values, out.values, gradient.q.values, gradient.k.values, gradient.v.values,
+            std::vector<float>(gradient.bias.begin(), gradient.bias.end())};
+}
+
+}  // namespace
+
+TEST_CASE("one head split over threads, many heads side by side: the same bits") {
+    POLYATTN_RANDOM(random);
+    const int before = worker_count();
+    struct Size {
+        index_t n, heads, key_heads;
+    };
+    for (const Size size : {Size{5000, 1, 1}, Size{300, 1, 1}, Size{300, 6, 3}, Size{70, 5, 5}}) {
+        const Plan plans[] = {LocalGlobalRandom{.window = 16, .globals = 5, .randoms = 4, .seed = random.seed()}.plan(size.n, size.n), CausalSlidingWindow{.window = 33}.plan(size.n, size.n),
+                              Union{Strided{.stride = 70}, SlidingWindow{.window = 6, .dilation = 3}}.plan(size.n, size.n)};
+        for (const Plan& plan : plans)
+            for (const std::size_t budget : {std::size_t{0}, std::size_t{1} << 28}) {
+                const auto q = random.tensor<float>({1, size.heads, size.n, 8}), k = random.tensor<float>({1, size.key_heads, size.n, 8}), v = random.tensor<float>({1, size.key_heads, size.n, 8});
+                CallOptions options;
+                options.plan = plan;
+                options.weight_budget = budget;
+                options.dropout = {.weights = .1, .values = .1};
+                RelativePosition bias{.heads = size.heads, .reach = 3, .table = std::vector<double>(static_cast<std::size_t>(size.heads) * 7, .25)};
+                const Attention<AnyDiffusion, RelativePosition> layer{AnyDiffusion{PPR<2>{}.recursion()}, bias};
+                set_threads(1);
+                const auto one = run(layer, options, q, k, v);
+                for (const int threads : {2, 3}) {
+                    set_threads(threads);
+                    CHECK(run(layer, options, q, k, v) == one);
+                }
+                options.dropout = {};
+                const Fast single{AnyDiffusion{NoDiffusion{}.recursion()}};
+                set_threads(1);
+                const auto plain = run(single, options, q, k, v);
+                set_threads(3);
+                CHECK(run(single, options, q, k, v) == plain);
+            }
+    }
+    set_threads(before);
+}
+
+TEST_CASE("one layer called from several threads at the same time") {
+    POLYATTN_RANDOM(random);
+    const Attention<LocalGlobalRandom, PPR<2>> layer{LocalGlobalRandom{.window = 16, .globals = 5, .randoms = 4}};
+    std::vector<Tensor<float>> inputs, outputs(8);
+    for (index_t t = 0; t < 8; ++t) inputs.push_back(random.tensor<float>({2, 100 + t % 3, 8}));
+    std::vector<std::thread> threads;
+    for (std::size_t t = 0; t < 8; ++t) threads.emplace_back([&, t] { outputs[t] = layer(std::as_const(inputs[t]).view(), std::as_const(inputs[t]).view(), std::as_const(inputs[t]).view()); });
+    for (auto& thread : threads) thread.join();
+    for (std::size_t t = 0; t < 8; ++t) CHECK(layer(inputs[t].view(), inputs[t].view(), inputs[t].view()).values == outputs[t].values);
+}
