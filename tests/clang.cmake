@@ -1,6 +1,7 @@
 # The kernel tests and the numbers, compiled by clang.
 file(MAKE_DIRECTORY ${WORK})
 set(includes)
+list(REMOVE_ITEM INCLUDES /usr/include)  # named as a system folder it would hide C's headers from C++'s
 foreach(directory ${INCLUDES})
   list(APPEND includes -isystem ${directory})
 endforeach()

@@ -201,7 +201,7 @@ public:
         // One item after the other adds its own sums, so the order does not depend on threads.
         std::vector<double> bias_parts(static_cast<std::size_t>(items) * d_bias.size(), 0.);
         const TensorView<T> vq = memory_of(d_q), vk = memory_of(d_k), vv = memory_of(d_v);
-        for_each_item(items, workspace, [&](offset_t item, detail::Workers& workers) {
+        for_each_item(items, workspace, options.workspace != nullptr, [&](offset_t item, detail::Workers& workers) {
             const auto b = static_cast<index_t>(item / k.heads()), kh = static_cast<index_t>(item % k.heads());
             for (index_t h = kh * group; h < (kh + 1) * group; ++h) {
                 const offset_t line = offset_t{b} * q.heads() + h;
@@ -361,15 +361,16 @@ private:
 
     /// f(item, workers): items side by side, or, when there are fewer than threads, one after the other with all threads inside.
     template <class F>
-    static void for_each_item(offset_t items, Workspace& workspace, F&& f) {
+    static void for_each_item(offset_t items, Workspace& workspace, bool reused, F&& f) {
         const int threads = worker_count();
         workspace.prepare(threads);
-        if (items >= threads)
+        if (items >= threads) {
             parallel_for(items, [&](offset_t item, int worker) {
                 detail::Workers workers(workspace, worker, 1);
                 f(item, workers);
             });
-        else
+            if (reused) workspace.level();
+        } else
             for (offset_t item = 0; item < items; ++item) {
                 detail::Workers workers(workspace, 0, threads);
                 f(item, workers);
@@ -386,7 +387,7 @@ private:
         Workspace& workspace = options.workspace ? *options.workspace : own;
         const index_t group = k.heads() == 0 ? 1 : q.heads() / k.heads();
         const auto lines = static_cast<offset_t>(recursion_.hops.size()) * q.tokens() * v.dim();
-        for_each_item(offset_t{q.batch()} * q.heads(), workspace, [&](offset_t item, detail::Workers& workers) {
+        for_each_item(offset_t{q.batch()} * q.heads(), workspace, options.workspace != nullptr, [&](offset_t item, detail::Workers& workers) {
             const auto b = static_cast<index_t>(item / q.heads()), h = static_cast<index_t>(item % q.heads());
             const auto head = make_head<T>(q, k, v, plan, bound, options, b, h, h / group);
             const detail::HeadResult<T> result{out.head(b, h), accumulate, logsumexp ? logsumexp + item * q.tokens() : nullptr, hops ? hops + item * lines : nullptr};

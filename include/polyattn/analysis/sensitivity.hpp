@@ -2,6 +2,7 @@
 
 #include <polyattn/core/tensor.hpp>
 
+#include <algorithm>
 #include <cmath>
 
 POLYATTN_BEGIN_NAMESPACE

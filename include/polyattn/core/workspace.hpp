@@ -41,6 +41,12 @@ public:
         for (const Block& block : blocks_) total += block.size;
         return total;
     }
+    /// At least `size` bytes in one block. Only while nothing is taken.
+    void reserve(std::size_t size) {
+        if (size <= capacity()) return;
+        blocks_.clear();
+        blocks_.push_back(make_block(size));
+    }
 
 private:
     static constexpr std::size_t alignment = 64;
@@ -100,6 +106,12 @@ public:
     /// One arena a worker. Called once before a parallel region.
     void prepare(int workers) {
         while (static_cast<int>(arenas_.size()) < workers) arenas_.push_back(std::make_unique<detail::Arena>());
+    }
+    /// Gives every arena what the largest one has: which worker takes which head next time is open.
+    void level() {
+        std::size_t most = 0;
+        for (const auto& arena : arenas_) most = std::max(most, arena->capacity());
+        for (const auto& arena : arenas_) arena->reserve(most);
     }
     detail::Arena& arena(int worker) { return *arenas_[static_cast<std::size_t>(worker)]; }
 

@@ -104,12 +104,9 @@ void pack_rows(const std::array<index_t, group_size>& rows, Rows<T> from, index_
     }
 }
 
-template <class T, class A, int M>
-using TileScores = Vec<T, A>[M][Tiling<T, A>::group_vectors];
-
 /// Raises the reference of the lanes whose tile maximum passed their threshold. Rare, out of line.
 template <int M, class T, class A>
-POLYATTN_NOINLINE void raise_reference(TileScores<T, A, M>& score, const Vec<T, A> (&highest)[Tiling<T, A>::group_vectors], GroupState<T>& state, const T* weights_end) {
+POLYATTN_NOINLINE void raise_reference(TileScores<T, A, M>& score, const GroupVectors<T, A>& highest, GroupState<T>& state, const T* weights_end) {
     using V = Vec<T, A>;
     constexpr int lanes = Tiling<T, A>::lanes, vectors = Tiling<T, A>::group_vectors;
     alignas(64) T scale[group_size];

@@ -25,10 +25,15 @@ struct Tiling {
     static constexpr int key_block = sizeof(T) == 4 ? 512 : 256;
 };
 
+/// One value of each query of a group, and those of M keys.
+template <class T, class A>
+using GroupVectors = Vec<T, A>[Tiling<T, A>::group_vectors];
+template <class T, class A, int M>
+using TileScores = GroupVectors<T, A>[M];
+
 /// acc[key][query] += sum over t of keys[key][t] * queries[t][query]: M keys as stored, 16 queries transposed.
 template <int M, class T, class A>
-POLYATTN_ALWAYS_INLINE void score_tile(Vec<T, A> (&acc)[M][Tiling<T, A>::group_vectors], const T* keys, std::ptrdiff_t stride,
-                                       const T* queries, index_t dim) {
+POLYATTN_ALWAYS_INLINE void score_tile(TileScores<T, A, M>& acc, const T* keys, std::ptrdiff_t stride, const T* queries, index_t dim) {
     using V = Vec<T, A>;
     constexpr int vectors = Tiling<T, A>::group_vectors, lanes = Tiling<T, A>::lanes;
     // Four base pointers and one offset address all rows; a row stride known only at run time costs nothing then.

@@ -65,8 +65,8 @@ struct RelativePosition {
         const RelativePosition* self;
         offset_t offset;
         std::size_t at(index_t head, index_t query, index_t key) const {
-            const offset_t reach = self->reach, distance = std::clamp<offset_t>(key - (query + offset), -reach, reach);
-            return static_cast<std::size_t>(head * (2 * reach + 1) + distance + reach);
+            const offset_t most = self->reach, distance = std::clamp<offset_t>(key - (query + offset), -most, most);
+            return static_cast<std::size_t>(head * (2 * most + 1) + distance + most);
         }
         double operator()(index_t, index_t head, index_t query, index_t key) const { return self->table[at(head, query, key)]; }
         void accumulate_gradient(std::span<double> gradient, index_t, index_t head, index_t query, index_t key, double d_score) const {
