@@ -220,8 +220,7 @@ void weighted_sum_block(const Block& block, const T* weights, Rows<T> x, const N
     if (!add) std::fill_n(out, group_size * columns, T(0));
     for (int lane = 0; lane < group_size; ++lane)
         for (index_t p = 0; p < block.keys; ++p)
-            if (block.is_seen(lane, p))
-                for (index_t c = 0; c < columns; ++c) out[lane * columns + c] += weights[p * group_size + lane] * x.row(p)[c];
+            if (block.is_seen(lane, p)) add_scaled<T, A>(weights[p * group_size + lane], x.row(p), columns, out + lane * columns);
 }
 
 }  // namespace detail::simd

@@ -96,6 +96,13 @@ POLYATTN_ALWAYS_INLINE void transposed_sum_tile(const T* weights, const T* x, st
     });
 }
 
+/// out += factor * x, rounded as the tiles round it: the bits of a row must not depend on which of them works on it.
+template <class T, class A>
+void add_scaled(T factor, const T* x, index_t columns, T* out) {
+    using V = Vec<T, A>;
+    for (index_t c = 0; c < columns; c += Tiling<T, A>::lanes) multiply_add(V(factor), V::load_unaligned(x + c), V::load_unaligned(out + c)).store_unaligned(out + c);
+}
+
 /// Calls f(integral_constant width, column) so that widths of up to N vectors cover `columns`, a multiple of the lanes.
 template <int N, int Lanes, class F>
 POLYATTN_ALWAYS_INLINE void for_column_panels(index_t columns, F&& f) {
