@@ -1,4 +1,4 @@
-// Gradients of one head. (6 + 4 K) d flops a pair without the scores' recomputation.
+// Gradients of one head. (4 + 4 K) d flops a pair under diffusion, 10 d for one hop with the scores computed again.
 #include "common.hpp"
 
 using namespace bench;

@@ -7,6 +7,6 @@ polyattn_setup(libxtensor-dev libxsimd-dev libstb-dev libeigen3-dev doctest-dev 
 if(NOT PRESET)
   set(PRESET ci)
 endif()
-polyattn_run(${CMAKE_COMMAND} --preset ${PRESET} --log-level=WARNING)
+polyattn_run(${CMAKE_COMMAND} --preset ${PRESET} --log-level=NOTICE)
 polyattn_run(${CMAKE_COMMAND} --build --preset ${PRESET} --parallel ${polyattn_jobs})
 polyattn_run(${CMAKE_CTEST_COMMAND} --preset ${PRESET} --parallel ${polyattn_jobs})

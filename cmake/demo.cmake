@@ -5,7 +5,7 @@ include(${CMAKE_CURRENT_LIST_DIR}/setup.cmake)
 polyattn_setup(libxtensor-dev libxsimd-dev libstb-dev)
 
 set(build ${CMAKE_CURRENT_LIST_DIR}/../build/demo)
-polyattn_run(${CMAKE_COMMAND} -S . -B ${build} -DCMAKE_BUILD_TYPE=Release -DPOLYATTN_BUILD_TESTS=OFF -DPOLYATTN_BUILD_BENCHMARKS=OFF --log-level=WARNING)
+polyattn_run(${CMAKE_COMMAND} -S . -B ${build} -DCMAKE_BUILD_TYPE=Release -DPOLYATTN_BUILD_TESTS=OFF -DPOLYATTN_BUILD_BENCHMARKS=OFF --log-level=NOTICE)
 polyattn_run(${CMAKE_COMMAND} --build ${build} --target diffuse_document --parallel ${polyattn_jobs})
 set(arguments --pictures ${build})
 if(TEXT)

@@ -63,17 +63,24 @@ std::string default_text(std::string& name) {
     return text;
 }
 
-/// Runs of letters and digits, in lower case where that is ASCII; bytes above 127 belong to letters.
+/// Runs of letters and digits, in lower case where that is ASCII. Beyond ASCII everything is a letter but the punctuation of Latin-1
+/// (U+0080 to U+00BF: C2 ..) and of U+2000 to U+206F (E2 80 .., E2 81 ..): dashes, quotes, wide spaces.
 std::vector<std::string> words_of(const std::string& text) {
     std::vector<std::string> words;
     std::string word;
-    for (const char c : text + " ") {
-        const auto byte = static_cast<unsigned char>(c);
-        if (byte >= 128 || std::isalnum(byte)) word += byte < 128 ? static_cast<char>(std::tolower(byte)) : c;
+    const auto byte = [&](std::size_t at) { return at < text.size() ? static_cast<unsigned char>(text[at]) : 0; };
+    for (std::size_t i = 0; i <= text.size(); ++i) {
+        const std::size_t skipped = byte(i) == 0xc2 ? 1 : byte(i) == 0xe2 && (byte(i + 1) == 0x80 || byte(i + 1) == 0x81) ? 2 : 0;
+        i += skipped;
+        if (!skipped && byte(i) >= 128) word += text[i];
+        else if (!skipped && std::isalnum(byte(i))) word += static_cast<char>(std::tolower(byte(i)));
         else if (!word.empty()) words.push_back(std::exchange(word, {}));
     }
     return words;
 }
+
+/// One line on the error stream that the next one replaces: what is being done while it takes long.
+void progress(const std::string& what) { std::cerr << "\r" << what << std::string(what.size() < 78 ? 78 - what.size() : 0, ' ') << "\r" << std::flush; }
 
 /// Each head adds up a fixed random vector for every run of 3 to 5 letters of " word ", so words that share letters are similar.
 /// Rows have the length that makes a word's score with itself 5.
@@ -186,27 +193,30 @@ void run(const Settings& settings) {
     if (words.size() < 2) throw std::runtime_error(name + " has fewer than two words");
     const auto n = static_cast<index_t>(words.size());
     std::cout << describe() << "\n" << name << ": " << n << " words\n" << std::flush;
+    progress("embedding the words");
     const Heads x = embed(words);
+    progress("building the pattern and following its paths");
 
     const Attention<LocalGlobalRandom, PPR<5>> diffusion;
     const Attention<LocalGlobalRandom> one_hop;
     const Plan plan = diffusion.plan(n, n);
 
     // The query: the word asked for, else the most frequent long one; its occurrence nearest to the middle.
-    std::unordered_map<std::string, int> counts;
-    for (const auto& w : words)
-        if (w.size() >= 7) ++counts[w];
     std::string wanted = settings.word;
     if (wanted.empty()) {
-        wanted = words[words.size() / 2];
-        for (const auto& [w, count] : counts)
-            if (std::pair(count, w) > std::pair(counts[wanted], wanted)) wanted = w;
+        std::unordered_map<std::string, int> counts;
+        for (const auto& w : words)
+            if (w.size() >= 7) ++counts[w];
+        std::pair<int, std::string> most{0, words[words.size() / 2]};
+        for (const auto& [w, count] : counts) most = std::max(most, {count, w});
+        wanted = most.second;
     }
     std::size_t query = words.size();
     for (std::size_t i = 0; i < words.size(); ++i)
         if (words[i] == wanted && (query == words.size() || std::abs(double(i) - n / 2.) < std::abs(double(query) - n / 2.))) query = i;
     if (query == words.size()) throw std::runtime_error("the text has no word '" + wanted + "'");
 
+    progress("");
     std::printf("\nPattern: sliding window of 128, 96 global and 96 random tokens: %.2f %% of all pairs, %zu dense tiles and %lld edges\n", 100 * plan.density(), plan.tiles().size(),
                 static_cast<long long>(plan.edges().count()));
     std::vector<index_t> sample;
@@ -223,18 +233,24 @@ void run(const Settings& settings) {
     print_row("After 5 hops (alpha = 0.1)", row_of(diffusion, x, query), words, query, hops);
 
     std::printf("\nTime and scratch memory, %d heads of %d columns:\n", heads, dim);
-    const auto report = [&](const char* what, const Measured& m) { std::printf("  %-42s %9.2f ms %9.1f MB\n", what, 1e3 * m.seconds, m.megabytes); };
-    report("diffusion, 5 hops on the sparse pattern", measure(diffusion, x));
-    report("one hop on the sparse pattern", measure(one_hop, x));
-    report("dense softmax attention", measure(Attention<>{}, x));
-    report("  five hops of it", measure(Attention<PPR<5>>{}, x));
+    const auto report = [&](const char* what, const auto& attention) {
+        progress(std::string("timing: ") + what);
+        const Measured m = measure(attention, x);
+        progress("");
+        std::printf("  %-42s %9.2f ms %9.1f MB\n", what, 1e3 * m.seconds, m.megabytes);
+        std::fflush(stdout);
+    };
+    report("diffusion, 5 hops on the sparse pattern", diffusion);
+    report("one hop on the sparse pattern", one_hop);
+    report("dense softmax attention", Attention<>{});
+    report("five hops of dense softmax attention", Attention<PPR<5>>{});
     std::printf("  (a stored n x n matrix for each head would take %.1f MB)\n", 4e-6 * heads * n * n);
 
     const Attention<LocalGlobalRandom, PPR<5>, Reference> reference;
     const Heads out = diffusion(x, x, x);
     double difference = 0, largest = 0;
     for (std::size_t h = 0; h < heads; ++h) {
-        std::cerr << "\rcomparing with the double-precision reference: head " << h + 1 << " of " << heads << std::flush;
+        progress("comparing with the double-precision reference: head " + std::to_string(h + 1) + " of " + std::to_string(heads));
         xt::xtensor<double, 2> head = xt::zeros<double>({words.size(), std::size_t{dim}});
         std::copy_n(x.data() + h * head.size(), head.size(), head.data());
         const xt::xtensor<double, 2> exact = reference(head, head, head);
@@ -244,14 +260,16 @@ void run(const Settings& settings) {
                 largest = std::max(largest, std::abs(exact(i, c)));
             }
     }
-    std::cerr << "\r" << std::string(72, ' ') << "\r";
+    progress("");
     std::printf("\nLargest difference to the double-precision reference: %.2g (outputs up to %.2g)\n", difference, largest);
 
+    progress("drawing");
     const std::filesystem::path folder = settings.pictures;
     std::filesystem::create_directories(folder);
     write_png(folder / "pattern.png", picture(plan, 512));
     write_png(folder / "attention_1_hop.png", picture_of(one_hop, x, 256));
     write_png(folder / "attention_5_hops.png", picture_of(diffusion, x, 256));
+    progress("");
     std::cout << "Pictures: " << (folder / "pattern.png").string() << ", attention_1_hop.png, attention_5_hops.png\n";
 }
 

@@ -101,6 +101,16 @@ TEST_CASE("samplers: the plan is the pattern's intersection with the draw, new f
     }
 }
 
+TEST_CASE("the architecture is a template argument: an older one than the program is compiled for") {
+    POLYATTN_RANDOM(random);
+    const auto x = random_tensor(random);
+    const Attention<LocalGlobalRandom, PPR<2>, Simd<xsimd::sse2>> older;
+    const Attention<LocalGlobalRandom, PPR<2>, Simd<xsimd::default_arch>> best;
+    check_same(older(x, x, x), best(x, x, x));
+    const auto a = older.forward(x, x, x), b = best.forward(x, x, x);
+    check_same(older.backward(a.saved, x).q, best.backward(b.saved, x).q);
+}
+
 TEST_CASE("policies in any order are the same layer; defaults fill in; parameters are validated") {
     POLYATTN_RANDOM(random);
     const auto x = random_tensor(random);

@@ -211,6 +211,8 @@ TEST_CASE("a call with a plan, a workspace and tensors in place allocates nothin
     check(Attention<Causal>{});
     check(Attention<Strided, PPR<2>>{});
     check(Attention<LocalGlobalRandom, Alibi>{LocalGlobalRandom{}, Alibi(2)});
+    check(Attention{RelativePosition{.heads = 2, .reach = 1, .table = std::vector<double>(6)}});
+    check(Attention{TableBias{[](index_t, index_t, index_t) { return 0; }, 2, std::vector<double>(2)}});
     CHECK(workspace.capacity() > 0);
 }
 

@@ -74,3 +74,22 @@ TEST_CASE("one layer called from several threads at the same time") {
     for (auto& thread : threads) thread.join();
     for (std::size_t t = 0; t < 8; ++t) CHECK(layer(inputs[t].view(), inputs[t].view(), inputs[t].view()).values == outputs[t].values);
 }
+
+TEST_CASE("equal plans give equal bits, wherever their lists lie in memory") {
+    POLYATTN_RANDOM(random);
+    const index_t n = 256;
+    const auto q = random.tensor<float>({1, 1, n, 8});
+    const Fast layer{AnyDiffusion{PPR<2>{}.recursion()}};
+    std::vector<std::vector<std::vector<float>>> results;
+    std::vector<std::vector<char>> noise;
+    for (int repeat = 0; repeat < 6; ++repeat) {
+        noise.emplace_back(static_cast<std::size_t>(1 + random.below(5000)));  // moves the heap
+        CallOptions options;
+        options.plan = Longformer{.window = 16, .dilation = 2, .tokens = {0}}.plan(n, n);
+        results.push_back(run(layer, options, q, q, q));
+        CHECK(results.back() == results.front());
+    }
+    // Rows of equal lists meet in one group: an intersection of patterns without shared rows has none.
+    const Plan both = intersect(LocalGlobalRandom{.window = 16, .globals = 5, .randoms = 4}.plan(n, n), Fixed{.stride = 16, .summary = 4}.plan(n, n));
+    CHECK_FALSE(both.lowered<detail::simd::Schedule>().has_shared_rows());
+}

@@ -25,13 +25,15 @@ struct CallOptions {
     std::optional<Plan> plan = {};
     /// Scratch memory to reuse; one call at a time.
     Workspace* workspace = nullptr;
-    /// Bytes a head's stored weights may take under diffusion; beyond, every hop computes them again.
+    /// Bytes that the stored weights of a head's tiles may take under diffusion and in backward; beyond, they are computed again. Weights
+    /// of edges are always stored: one number an edge.
     std::size_t weight_budget = std::size_t{256} << 20;
     /// into() adds to what the output holds: a residual connection.
     bool accumulate = false;
 };
 
-/// What backward needs of a forward pass. Owns copies of q, k, v, or borrows them if raw views were given.
+/// What backward needs of a forward pass. Owns copies of q, k and v; of raw views it keeps the views, whose memory must then stay
+/// as it is until the last backward().
 template <class T>
 class Saved {
 public:
@@ -53,7 +55,8 @@ private:
     Plan plan_;
     CallOptions options_;
     std::vector<T> logsumexp_;
-    std::vector<T> hops_;  // [batch * heads][K][queries][value dim]
+    std::vector<T> hops_;  // Z_1 .. Z_K: [batch * heads][K][queries][value dim]
+    std::size_t hop_count_ = 0;
 };
 
 /// Gradients with the shapes of q, k and v, and of the bias table (empty if the bias is not learned).
@@ -100,7 +103,7 @@ public:
     const Bias& bias() const { return bias_; }
     const Recursion& recursion() const { return recursion_; }
 
-    /// Which keys each query sees. Built once for each (queries, keys, draw of the sampler) and kept; copies of a layer share it.
+    /// Which keys each query sees. The last 8 for other (queries, keys, draw of the sampler) are kept; copies of a layer share them.
     /// Throws invalid_input if the pattern does not exist for these numbers.
     Plan plan(index_t queries, index_t keys, const Draw& draw = {}) const {
         const typename PlanCache::Key key{queries, keys, samples ? draw : Draw{}};
@@ -117,7 +120,7 @@ public:
     /// Shapes: q [.., heads, queries, d], k [.., key heads, keys, d], v [.., key heads, keys, e] -> [.., heads, queries, e], rank
     /// 2 to 4, any expressions of xtensor or raw views (tensor_view); key heads divide heads (grouped-query attention).
     /// Throws invalid_input. Bitwise the same for any number of threads. O(pairs (d + K e)) flops, O(n (d + e)) memory and one
-    /// head's weights a thread (at most CallOptions::weight_budget). Source: Diffuser (AAAI 2023), "attention diffusion".
+    /// head's weights a thread (of tiles at most CallOptions::weight_budget). Source: Diffuser (AAAI 2023), "attention diffusion".
     template <class Q, class K, class V>
     auto operator()(const Q& q, const K& k, const V& v, const CallOptions& options = {}) const {
         using T = common_element<Q, K, V>;
@@ -141,7 +144,7 @@ public:
     }
 
     /// The same, written to `out`, which must not overlap the inputs: a tensor or view with memory, or a raw view. With a plan
-    /// and a workspace in `options` and inputs that have memory, a repeated call allocates nothing.
+    /// and a workspace in `options` and inputs that have memory, a repeated call allocates nothing. Throws invalid_input.
     template <class Out, class Q, class K, class V>
     void into(Out&& out, const Q& q, const K& k, const V& v, const CallOptions& options = {}) const {
         using T = common_element<Q, K, V>;
@@ -151,7 +154,7 @@ public:
         run<T>(aq.view(), ak.view(), av.view(), detail::memory_view(out, "out"), options, nullptr, nullptr, options.accumulate);
     }
 
-    /// Forward pass for training: the output and what backward() needs. Memory O(K n e) a head for Z_1 .. Z_K.
+    /// Forward pass for training: the output and what backward() needs. Memory O(K n e) a head for Z_1 .. Z_K. Throws invalid_input.
     template <class Q, class K, class V>
     auto forward(const Q& q, const K& k, const V& v, const CallOptions& options = {}) const {
         using T = common_element<Q, K, V>;
@@ -169,20 +172,25 @@ public:
         saved.options_.workspace = nullptr;
         saved.plan_ = plan_for(options, aq.view().tokens(), ak.view().tokens());
         const auto lines = static_cast<std::size_t>(aq.view().batch()) * static_cast<std::size_t>(aq.view().heads()) * static_cast<std::size_t>(aq.view().tokens());
+        saved.hop_count_ = recursion_.hops.size();
         saved.logsumexp_.resize(lines);
         saved.hops_.resize(lines * recursion_.hops.size() * static_cast<std::size_t>(av.view().dim()));
         run<T>(aq.view(), ak.view(), av.view(), memory_of(out), options, saved.logsumexp_.data(), saved.hops_.data(), false);
         return Forward<decltype(out), T>{std::move(out), std::move(saved)};
     }
 
-    /// Gradients of q, k, v and a learned bias from d_out = dL/dout. Repeatable; deterministic, without atomics.
-    /// Throws invalid_input unless d_out has the output's shape. (4 K + 4) d flops a pair. Source: Diffuser (AAAI 2023), adjoint.
+    /// Gradients of q, k, v and a learned bias from d_out = dL/dout, in tensors like d_out. `saved` must come from forward() of
+    /// this layer or a copy; its options hold, of `options` only the workspace is used. Repeatable; deterministic, without atomics.
+    /// Throws invalid_input unless d_out has the output's shape and `saved` fits. (4 K + 4) d flops a pair and the scores again.
     template <class T, class D>
     auto backward(const Saved<T>& saved, const D& d_out, const CallOptions& options = {}) const {
         static_assert(std::is_same_v<detail::element_t<D>, T>, "polyattn: d_out must have the inputs' value type");
         const detail::Adapted<T> ad(d_out, "d_out");
         const TensorView<const T> q = saved.q(), k = saved.k(), v = saved.v(), d = ad.view();
         require_shape(d, {q.extents[0], q.extents[1], q.extents[2], v.extents[3]}, q.rank, "d_out");
+        detail::require(saved.hop_count_ == recursion_.hops.size(), "saved", [&] { return detail::text("a forward pass of this layer, with ", recursion_.hops.size(), " hops"); },
+                        saved.hop_count_);
+        if constexpr (requires { bias_.check_heads(q.heads()); }) bias_.check_heads(q.heads());
         const auto zero = [](auto tensor) {
             std::fill_n(tensor.data(), tensor_size(tensor), T(0));
             return tensor;
@@ -190,26 +198,29 @@ public:
         auto d_q = zero(detail::make_result<D, T>(detail::shape_like(q, {q.tokens(), q.dim()})));
         auto d_k = zero(detail::make_result<D, T>(detail::shape_like(k, {k.tokens(), k.dim()})));
         auto d_v = zero(detail::make_result<D, T>(detail::shape_like(v, {v.tokens(), v.dim()})));
-        const auto bound = detail::bind_bias(bias_, q.tokens(), k.tokens());
+        const auto& bound = detail::bind_bias(bias_, q.tokens(), k.tokens());
         std::vector<double> d_bias;
-        if constexpr (LearnedBias<decltype(bound)>) d_bias.resize(bound.gradient_size(), 0.);
+        if constexpr (LearnedBias<std::remove_cvref_t<decltype(bound)>>) d_bias.resize(bound.gradient_size(), 0.);
 
         Workspace own;
         Workspace& workspace = options.workspace ? *options.workspace : own;
         const index_t group = k.heads() == 0 ? 0 : q.heads() / k.heads();
         const offset_t items = offset_t{k.batch()} * k.heads();
-        // One item after the other adds its own sums, so the order does not depend on threads.
-        std::vector<double> bias_parts(static_cast<std::size_t>(items) * d_bias.size(), 0.);
+        // Each run of items adds to a bias gradient of its own, and these are added in order: the order never depends on threads.
+        const offset_t runs = d_bias.empty() ? items : std::min<offset_t>(items, 16);
+        std::vector<double> bias_parts(static_cast<std::size_t>(runs) * d_bias.size(), 0.);
         const TensorView<T> vq = memory_of(d_q), vk = memory_of(d_k), vv = memory_of(d_v);
-        for_each_item(items, workspace, options.workspace != nullptr, [&](offset_t item, detail::Workers& workers) {
-            const auto b = static_cast<index_t>(item / k.heads()), kh = static_cast<index_t>(item % k.heads());
-            for (index_t h = kh * group; h < (kh + 1) * group; ++h) {
+        for_each_item(runs, workspace, options.workspace != nullptr, [&](offset_t run, detail::Workers& workers) {
+            for (offset_t query_item = items * run / runs * group; query_item < items * (run + 1) / runs * group; ++query_item) {
+                const offset_t item = query_item / group;
+                const auto b = static_cast<index_t>(item / k.heads()), kh = static_cast<index_t>(item % k.heads());
+                const auto h = static_cast<index_t>(kh * group + query_item % group);
                 const offset_t line = offset_t{b} * q.heads() + h;
                 const auto head = make_head<T>(q, k, v, saved.plan_, bound, saved.options_, b, h, kh);
                 detail::HeadGradient<T> gradient{d.head(b, h), saved.logsumexp_.data() + line * q.tokens(),
                                                  saved.hops_.data() + line * static_cast<offset_t>(recursion_.hops.size()) * q.tokens() * v.dim(),
                                                  vq.head(b, h), vk.head(b, kh), vv.head(b, kh),
-                                                 std::span<double>(bias_parts).subspan(static_cast<std::size_t>(item) * d_bias.size(), d_bias.size())};
+                                                 std::span<double>(bias_parts).subspan(static_cast<std::size_t>(run) * d_bias.size(), d_bias.size())};
                 detail::Workers scratch = workers.nested();
                 if constexpr (std::is_same_v<Backend, Reference>) detail::reference::backward(head, gradient, scratch);
                 else detail::simd::backward<Arch>(head, gradient, scratch);
@@ -219,7 +230,7 @@ public:
         return Gradients<decltype(d_q)>{std::move(d_q), std::move(d_k), std::move(d_v), std::move(d_bias)};
     }
 
-    /// Does all the checks of a call and returns its plan.
+    /// Does all the checks of operator() on the same arguments and returns the plan that it would use. Throws invalid_input.
     template <class Q, class K, class V>
     Plan checked_plan(const Q& q, const K& k, const V& v, const CallOptions& options) const {
         using T = common_element<Q, K, V>;
@@ -382,7 +393,7 @@ private:
              T* hops, bool accumulate) const {
         const Plan plan = check<T>(q, k, v, options);
         require_shape(out, {q.extents[0], q.extents[1], q.extents[2], v.extents[3]}, q.rank, "out");
-        const auto bound = detail::bind_bias(bias_, q.tokens(), k.tokens());
+        const auto& bound = detail::bind_bias(bias_, q.tokens(), k.tokens());
         Workspace own;
         Workspace& workspace = options.workspace ? *options.workspace : own;
         const index_t group = k.heads() == 0 ? 1 : q.heads() / k.heads();

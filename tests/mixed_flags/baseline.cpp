@@ -1,2 +1,3 @@
 #define ATTEND attend_baseline
+#define NAME name_baseline
 #include "attend.inc"

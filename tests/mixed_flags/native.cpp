@@ -1,2 +1,3 @@
 #define ATTEND attend_native
+#define NAME name_native
 #include "attend.inc"

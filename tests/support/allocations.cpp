@@ -15,6 +15,10 @@ void* operator new(std::size_t size) {
     if (void* memory = std::malloc(size ? size : 1)) return memory;
     throw std::bad_alloc();
 }
+void* operator new(std::size_t size, const std::nothrow_t&) noexcept {
+    ++allocations;
+    return std::malloc(size ? size : 1);
+}
 void* operator new(std::size_t size, std::align_val_t alignment) {
     ++allocations;
     const auto unit = static_cast<std::size_t>(alignment);

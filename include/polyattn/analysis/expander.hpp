@@ -5,7 +5,7 @@
 
 POLYATTN_BEGIN_NAMESPACE
 
-/// What the theorems assume of a pattern, and what this one has.
+/// What the theorems assume of a pattern, and what this one has. O(n log n).
 struct TheoremAssumptions {
     bool sees_itself;       // every token attends to itself
     bool hamiltonian_band;  // every token attends to its neighbours, which gives a Hamiltonian path
@@ -49,10 +49,12 @@ inline double laplacian_ratio(const Plan& plan, const std::vector<double>& x) {
 }
 
 /// Theorem 3: after t steps from token `start` the walk's distribution differs from its stationary one by at most
-/// sqrt(n) beta^t (in sum of magnitudes), beta the second eigenvalue's magnitude. The measured difference for t = 0 .. steps.
+/// sqrt(n) beta^t (in sum of magnitudes) on a regular graph, beta the second eigenvalue's magnitude. The measured difference for
+/// t = 0 .. steps. O(steps x pairs). Throws invalid_input unless the plan is symmetric and `start` a token of it.
 inline std::vector<double> mixing_distance(const Plan& plan, index_t start, int steps) {
     const UniformWalk walk(plan);
     detail::require(start >= 0 && static_cast<std::size_t>(start) < walk.tokens(), "start", "a token of the plan", start);
+    detail::require(walk.is_symmetric(), "plan", "a symmetric one: j sees i whenever i sees j", std::string("a directed one"));
     std::vector<double> at(walk.tokens(), 0.), distances;
     offset_t all = 0;
     for (std::size_t i = 0; i < walk.tokens(); ++i) all += walk.degree(i);
@@ -65,6 +67,7 @@ inline std::vector<double> mixing_distance(const Plan& plan, index_t start, int 
     }
     return distances;
 }
+/// Theorem 3's bound.
 inline double mixing_bound(index_t tokens, double beta, int t) { return std::sqrt(double(tokens)) * std::pow(beta, t); }
 
 POLYATTN_END_NAMESPACE

@@ -33,6 +33,7 @@ inline std::vector<index_t> hop_distances(const Plan& plan, index_t query) {
 /// are given. O(queries x pairs).
 inline std::vector<double> receptive_field(const Plan& plan, int hops, std::vector<index_t> queries = {}) {
     detail::require(hops >= 1, "hops", "a number >= 1", hops);
+    detail::require(plan.queries() >= 1, "plan", "at least one query", plan.queries());
     if (queries.empty()) {
         queries.resize(static_cast<std::size_t>(plan.queries()));
         std::iota(queries.begin(), queries.end(), 0);

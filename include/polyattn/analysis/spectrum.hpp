@@ -99,8 +99,10 @@ struct WalkExtremes {
 };
 
 /// Extremes of a symmetric plan's uniform walk by Lanczos iteration on D^(1/2) A D^(-1/2), with full reorthogonalisation.
-/// O(steps x (pairs + steps n)). Throws invalid_input unless the plan is symmetric with at least two tokens.
+/// O(steps x (pairs + steps n)) time, O(steps n) memory. Throws invalid_input unless the plan is symmetric with at least two tokens,
+/// and steps >= 1.
 inline WalkExtremes walk_extremes(const Plan& plan, int steps = 400) {
+    detail::require(steps >= 1, "steps", "a number >= 1", steps);
     const UniformWalk walk(plan);
     const std::size_t n = walk.tokens();
     detail::require(n >= 2, "plan", "at least two tokens", n);
@@ -138,8 +140,9 @@ inline WalkExtremes walk_extremes(const Plan& plan, int steps = 400) {
 
 /// |second eigenvalue| of the uniform walk: by Lanczos for a symmetric plan, else by power iteration on A without its stationary
 /// part, as the mean growth over the last half of the steps (complex pairs rotate, so single steps mislead): two to three digits.
-/// O(steps x pairs).
+/// O(steps x pairs). Throws invalid_input unless the plan is square, every query sees a key, and steps >= 10.
 inline double second_eigenvalue(const Plan& plan, int steps = 400) {
+    detail::require(steps >= 10, "steps", "a number >= 10", steps);
     const UniformWalk walk(plan);
     if (walk.is_symmetric()) return walk_extremes(plan, steps).second();
     const std::size_t n = walk.tokens();

@@ -8,6 +8,8 @@
 #include <polyattn/policy/bias/concept.hpp>
 #include <polyattn/policy/diffusion/concept.hpp>
 
+#include <bit>
+
 POLYATTN_BEGIN_NAMESPACE
 
 namespace detail {
@@ -44,17 +46,14 @@ struct HeadGradient {
     std::span<double> bias_gradient;  // added to; empty if the bias is not learned
 };
 
-/// True for -infinity, by its bits (comparisons fold away under -ffast-math): the mark of a row without keys.
-inline bool is_empty_row(float logsumexp) {
-    std::uint32_t bits;
-    std::memcpy(&bits, &logsumexp, sizeof bits);
-    return bits == 0xff800000u;
+/// -infinity, the mark of a row without keys, made and recognised by its bits: comparisons with it fold away under -ffast-math.
+template <class T>
+T empty_row() {
+    if constexpr (sizeof(T) == 4) return std::bit_cast<float>(0xff800000u);
+    else return std::bit_cast<double>(0xfff0000000000000u);
 }
-inline bool is_empty_row(double logsumexp) {
-    std::uint64_t bits;
-    std::memcpy(&bits, &logsumexp, sizeof bits);
-    return bits == 0xfff0000000000000u;
-}
+inline bool is_empty_row(float logsumexp) { return std::bit_cast<std::uint32_t>(logsumexp) == 0xff800000u; }
+inline bool is_empty_row(double logsumexp) { return std::bit_cast<std::uint64_t>(logsumexp) == 0xfff0000000000000u; }
 
 }  // namespace detail
 

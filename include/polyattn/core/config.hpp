@@ -17,10 +17,16 @@
 #define POLYATTN_ARCH_TAG avx2_fma
 #elif defined(__AVX2__)
 #define POLYATTN_ARCH_TAG avx2
+#elif defined(__AVX__) && defined(__FMA__)
+#define POLYATTN_ARCH_TAG avx_fma
 #elif defined(__AVX__)
 #define POLYATTN_ARCH_TAG avx
 #elif defined(__SSE4_2__)
 #define POLYATTN_ARCH_TAG sse4_2
+#elif defined(__SSE4_1__)
+#define POLYATTN_ARCH_TAG sse4_1
+#elif defined(__SSSE3__)
+#define POLYATTN_ARCH_TAG ssse3
 #else
 #define POLYATTN_ARCH_TAG baseline
 #endif
@@ -31,7 +37,7 @@
 #define POLYATTN_THREAD_TAG _serial
 #endif
 
-#if defined(__FAST_MATH__)
+#if defined(__FAST_MATH__) || (defined(__FINITE_MATH_ONLY__) && __FINITE_MATH_ONLY__)
 #define POLYATTN_MATH_TAG _fast
 #else
 #define POLYATTN_MATH_TAG _ieee
@@ -40,6 +46,9 @@
 #define POLYATTN_JOIN_(a, b, c) a##b##c
 #define POLYATTN_JOIN(a, b, c) POLYATTN_JOIN_(a, b, c)
 #define POLYATTN_ABI POLYATTN_JOIN(POLYATTN_ARCH_TAG, POLYATTN_THREAD_TAG, POLYATTN_MATH_TAG)
+
+#define POLYATTN_TEXT_(a) #a
+#define POLYATTN_TEXT(a) POLYATTN_TEXT_(a)
 
 #define POLYATTN_BEGIN_NAMESPACE namespace polyattn { inline namespace POLYATTN_ABI {
 #define POLYATTN_END_NAMESPACE } }

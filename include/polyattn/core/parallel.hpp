@@ -10,10 +10,11 @@
 
 POLYATTN_BEGIN_NAMESPACE
 
-/// Threads that parallel_for may use here: OpenMP's setting, 1 without OpenMP or inside a parallel region.
+/// Threads that parallel_for may use here: OpenMP's setting, 1 without OpenMP or inside a parallel region, one of a single thread
+/// included (OpenMP may trim teams, and a nested team must not outgrow what the outer one was given memory for).
 inline int worker_count() {
 #if defined(_OPENMP)
-    return omp_in_parallel() ? 1 : omp_get_max_threads();
+    return omp_get_level() > 0 ? 1 : omp_get_max_threads();
 #else
     return 1;
 #endif

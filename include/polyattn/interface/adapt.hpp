@@ -88,11 +88,12 @@ auto make_result(const std::vector<offset_t>& shape) {
     if constexpr (is_raw_view<E>) return Tensor<T>(shape);
     else {
         constexpr std::size_t rank = xt::get_rank<E>::value;
-        if constexpr (rank == SIZE_MAX) return xt::xarray<T>::from_shape(std::vector<std::size_t>(shape.begin(), shape.end()));
+        constexpr auto layout = xt::layout_type::row_major;  // whatever XTENSOR_DEFAULT_LAYOUT says
+        if constexpr (rank == SIZE_MAX) return xt::xarray<T, layout>::from_shape(std::vector<std::size_t>(shape.begin(), shape.end()));
         else {
             std::array<std::size_t, rank - fewer> extents{};
             std::copy(shape.begin(), shape.end(), extents.begin());
-            return xt::xtensor<T, rank - fewer>::from_shape(extents);
+            return xt::xtensor<T, rank - fewer, layout>::from_shape(extents);
         }
     }
 }

@@ -60,8 +60,9 @@ private:
 }  // namespace detail
 
 /// attention(q, k, v) as an xtensor expression that is evaluated when it is assigned. Alone on the right side it writes straight
-/// to the target; inside a larger expression it is evaluated once into a buffer. Holds copies of its inputs. All checks happen
-/// here, not at evaluation: throws invalid_input. `options.workspace` must outlive the expression.
+/// to the target; inside a larger expression it is evaluated once into a buffer. Holds copies of its inputs. Shapes, options and the
+/// pattern are checked here: throws invalid_input. Evaluation is noexcept inside xtensor, so a bias that throws (a TableBias whose
+/// functor leaves its table) ends the program there. `options.workspace` must outlive the expression.
 ///     xt::xtensor<float, 4> y = x + polyattn::lazy(attention, q, k, v);
 template <class... Ps, class Q, class K, class V>
 auto lazy(const Attention<Ps...>& attention, const Q& q, const K& k, const V& v, CallOptions options = {}) {

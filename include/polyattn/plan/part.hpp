@@ -52,6 +52,10 @@ public:
     /// The list's identity and elements; null and empty for a range.
     const void* identity() const { return list_.get(); }
     std::span<const index_t> elements() const { return list_ ? std::span<const index_t>(*list_) : std::span<const index_t>(); }
+    /// The same elements, wherever they lie.
+    bool same_elements_as(const IndexSequence& other) const {
+        return same_as(other) || (list_ && other.list_ && *list_ == *other.list_);
+    }
     bool same_as(const IndexSequence& other) const {
         return list_ == other.list_ && size_ == other.size_ && (list_ || first_ == other.first_);
     }

@@ -37,11 +37,13 @@ inline IndexSequence common_rows(const IndexSequence& a, const IndexSequence& b)
         if (a.empty() || b.empty()) return {};
         return IndexSequence::range(std::max(a.front(), b.front()), std::min(a.back(), b.back()) + 1);
     }
-    const IndexSequence& list = a.is_list() ? a : b;
-    const IndexSequence& other = a.is_list() ? b : a;
+    const bool walk_a = a.is_list() && (!b.is_list() || a.size() <= b.size());
+    const IndexSequence& list = walk_a ? a : b;
+    const IndexSequence& other = walk_a ? b : a;
     std::vector<index_t> rows;
     for (const index_t row : list.elements())
         if (other.find(row) >= 0) rows.push_back(row);
+    if (rows.size() == list.elements().size()) return list;
     return IndexSequence::list(std::move(rows));
 }
 
@@ -103,9 +105,9 @@ inline void subtract(const Tile& tile, const Tile& minus, std::vector<Tile>& out
         keep(std::move(before));
         keep(std::move(behind));
         if (!minus.excluded.empty()) {  // the keys that `minus` leaves out inside its ranges stay
-            Tile holes{minus.rows, IndexSequence::list(minus.excluded), {}, {}};
-            for (index_t r = 0; r < minus.rows.size(); ++r) {
-                const Bounds range = key_range(minus, minus.row_bounds(r));
+            Tile holes{common_rows(tile.rows, minus.rows), IndexSequence::list(minus.excluded), {}, {}};
+            for (index_t r = 0; r < holes.rows.size(); ++r) {
+                const Bounds range = key_range(minus, bounds_of_minus(holes.rows[r]));
                 holes.bounds.push_back(range.empty() ? Bounds{} : positions(holes.keys, range.begin, range.end));
             }
             keep(intersect(tile, holes));
@@ -175,9 +177,12 @@ inline void require_same_shape(const Plan& a, const Plan& b) {
 
 }  // namespace detail
 
-/// Pairs of either plan, each once. O(rows of all tiles + edges), and the pairs of rows that lose their tile form.
+/// Pairs of either plan, each once. For each tile of the plan with more tiles O(its rows x tiles of the other on these rows), the
+/// edges, and the pairs of rows that lose their tile form.
 inline Plan unite(const Plan& a, const Plan& b) {
     detail::require_same_shape(a, b);
+    // Tiles of b are cut by those of a: many small ones must not cut a large one again and again.
+    if (a.tiles().size() > 16 && a.tiles().size() > b.tiles().size()) return unite(b, a);
     std::vector<Tile> tiles(a.tiles().begin(), a.tiles().end());
     std::vector<detail::Pair> pairs;
     for (const Tile& tile : b.tiles()) {
@@ -200,7 +205,7 @@ inline Plan unite(const Plan& a, const Plan& b) {
     return Plan(a.queries(), a.keys(), {dense.tiles().begin(), dense.tiles().end()}, detail::edges_from_pairs(pairs, a.queries()));
 }
 
-/// Pairs of both plans. O(rows of all tiles + edges).
+/// Pairs of both plans. O(rows that pairs of tiles share + edges).
 inline Plan intersect(const Plan& a, const Plan& b) {
     detail::require_same_shape(a, b);
     std::vector<Tile> tiles;
@@ -223,7 +228,7 @@ inline Plan intersect(const Plan& a, const Plan& b) {
 
 /// The first `queries` queries and `keys` keys of a plan. Throws invalid_input if it has fewer.
 inline Plan prefix(const Plan& plan, index_t queries, index_t keys) {
-    detail::require(queries <= plan.queries() && keys <= plan.keys(), "prefix",
+    detail::require(queries >= 0 && keys >= 0 && queries <= plan.queries() && keys <= plan.keys(), "prefix",
                     [&] { return detail::text("at most ", plan.queries(), " queries x ", plan.keys(), " keys"); },
                     detail::text(queries, " x ", keys));
     const Tile corner{IndexSequence::range(0, queries), IndexSequence::range(0, keys), {}, {}};

@@ -25,7 +25,7 @@ struct Operator {
 template <class T, class Bias>
 Operator make_operator(const Head<T, Bias>& head) {
     const auto queries = static_cast<std::size_t>(head.q.rows);
-    Operator op{std::vector<std::vector<Edge>>(queries), std::vector<double>(queries, -std::numeric_limits<double>::infinity()),
+    Operator op{std::vector<std::vector<Edge>>(queries), std::vector<double>(queries, empty_row<double>()),
                 std::vector<bool>(queries, false)};
     for (index_t i = 0; i < head.query_length; ++i) {
         auto& row = op.rows[static_cast<std::size_t>(i)];
@@ -83,7 +83,7 @@ void forward(const Head<T, Bias>& head, const HeadResult<T>& result, Workers&) {
             for (std::size_t at = 0; at < z.size(); ++at) result.hops[k * z.size() + at] = static_cast<T>(z[at]);
     }
     for (index_t i = 0; i < queries; ++i) {
-        if (result.logsumexp) result.logsumexp[i] = static_cast<T>(op.logsumexp[static_cast<std::size_t>(i)]);
+        if (result.logsumexp) result.logsumexp[i] = op.alive[static_cast<std::size_t>(i)] ? static_cast<T>(op.logsumexp[static_cast<std::size_t>(i)]) : empty_row<T>();
         for (index_t c = 0; c < dim; ++c) {
             const double value = z[static_cast<std::size_t>(i) * width + static_cast<std::size_t>(c)];
             result.out(i, c) = static_cast<T>(result.accumulate ? double(result.out(i, c)) + value : value);
@@ -114,8 +114,8 @@ void backward(const Head<T, Bias>& head, const HeadGradient<T>& gradient, Worker
                 for (const Edge& edge : op.rows[static_cast<std::size_t>(i)])
                     sum += edge.weight * edge.mask * z[k][static_cast<std::size_t>(edge.key) * width + static_cast<std::size_t>(c)];
                 const Hop& hop = head.recursion->hops[k];
-                z[k + 1][static_cast<std::size_t>(i) * width + static_cast<std::size_t>(c)] =
-                    value_mask(k, i, c) * (hop.walk * sum + hop.teleport * double(head.v(i, c)));
+                const double teleported = hop.teleport != 0 ? hop.teleport * double(head.v(i, c)) : 0;
+                z[k + 1][static_cast<std::size_t>(i) * width + static_cast<std::size_t>(c)] = value_mask(k, i, c) * (hop.walk * sum + teleported);
             }
         }
     }

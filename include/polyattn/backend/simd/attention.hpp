@@ -120,15 +120,15 @@ void backward(const Head<T, Bias>& head, const HeadGradient<T>& gradient, Worker
                 continue;
             }
             const T* const z = gradient.hops + (static_cast<offset_t>(k) * rows + i) * dim;
-            T mean = 0;
-            for (index_t c = 0; c < dim; ++c) mean += from[c] * z[c];
+            double mean = 0;
+            for (index_t c = 0; c < dim; ++c) mean += double(from[c]) * double(z[c]);
             if (head.dropout.drops_values()) drop_values(head.dropout, static_cast<int>(k), i, from, dim);
             if (teleport != 0)
                 for (index_t c = 0; c < dim; ++c) {
-                    mean -= from[c] * (teleport * v.row(i)[c]);
+                    mean -= double(from[c]) * hops[k].teleport * double(v.row(i)[c]);
                     gradient.d_v(i, c) += teleport * from[c];
                 }
-            row_means[static_cast<std::size_t>(i)] += mean;
+            if (walk != 0) row_means[static_cast<std::size_t>(i)] += static_cast<T>(mean);
             for (index_t c = 0; c < columns; ++c) to[c] = walk * from[c];
         }
         terms[k].g = {scaled, columns};
@@ -136,8 +136,9 @@ void backward(const Head<T, Bias>& head, const HeadGradient<T>& gradient, Worker
         attention.apply_transposed({scaled, columns}, next, columns);
         g = next;
     }
-    for (index_t j = 0; j < keys; ++j)
-        for (index_t c = 0; c < dim; ++c) gradient.d_v(j, c) += static_cast<T>(start) * g[offset_t{j} * columns + c];
+    if (start != 0)
+        for (index_t j = 0; j < keys; ++j)
+            for (index_t c = 0; c < dim; ++c) gradient.d_v(j, c) += static_cast<T>(start) * g[offset_t{j} * columns + c];
     attention.weights_gradient(terms, row_means, gradient);
 }
 

@@ -3,6 +3,7 @@
 #include <polyattn/plan/plan.hpp>
 
 #include <array>
+#include <map>
 
 POLYATTN_BEGIN_NAMESPACE
 
@@ -100,17 +101,27 @@ private:
 
     // Every 16 rows of a list, for all tiles with that list.
     void add_listed_rows(const Plan& plan) {
-        std::vector<std::size_t> listed;
-        for (std::size_t t = 0; t < plan.tiles().size(); ++t)
-            if (plan.tiles()[t].rows.is_list()) listed.push_back(t);
+        // Lists are told apart by their elements, not by where they lie, and ordered by their first row and first tile: the
+        // order of groups is the order of sums.
+        std::vector<std::size_t> listed, first_with_rows(plan.tiles().size());
+        std::map<std::pair<index_t, index_t>, std::vector<std::size_t>> known;  // by first row and length
+        for (std::size_t t = 0; t < plan.tiles().size(); ++t) {
+            const IndexSequence& rows = plan.tiles()[t].rows;
+            if (!rows.is_list()) continue;
+            listed.push_back(t);
+            auto& candidates = known[{rows.front(), rows.size()}];
+            const auto same = std::find_if(candidates.begin(), candidates.end(), [&](std::size_t c) { return plan.tiles()[c].rows.same_elements_as(rows); });
+            first_with_rows[t] = same != candidates.end() ? *same : t;
+            if (same == candidates.end()) candidates.push_back(t);
+        }
         std::stable_sort(listed.begin(), listed.end(), [&](std::size_t a, std::size_t b) {
-            const auto key = [&](std::size_t t) { return std::pair{plan.tiles()[t].rows.front(), plan.tiles()[t].rows.identity()}; };
+            const auto key = [&](std::size_t t) { return std::pair{plan.tiles()[t].rows.front(), first_with_rows[t]}; };
             return key(a) < key(b);
         });
         for (std::size_t begin = 0; begin < listed.size();) {
             const IndexSequence& rows = plan.tiles()[listed[begin]].rows;
             std::size_t end = begin;
-            while (end < listed.size() && plan.tiles()[listed[end]].rows.identity() == rows.identity()) ++end;
+            while (end < listed.size() && first_with_rows[listed[end]] == first_with_rows[listed[begin]]) ++end;
             for (index_t at = 0; at < rows.size(); at += group_size) {
                 std::vector<Entry> entries;
                 const auto position = [&](int lane) { return at + lane < rows.size() ? at + lane : -1; };

@@ -66,7 +66,7 @@ public:
     index_t columns() const { return columns_; }
     /// The row has at least one key with a weight.
     bool is_alive(index_t row) const { return alive_[static_cast<std::size_t>(row)] != 0; }
-    T logsumexp(index_t row) const { return is_alive(row) ? static_cast<T>(double(logsumexp_[static_cast<std::size_t>(row)]) * ln_2) : -std::numeric_limits<T>::infinity(); }
+    T logsumexp(index_t row) const { return is_alive(row) ? static_cast<T>(double(logsumexp_[static_cast<std::size_t>(row)]) * ln_2) : empty_row<T>(); }
     bool has_shared_rows() const { return schedule_.has_shared_rows(); }
 
     /// All weights, or where they exceed the budget the logsumexp that they are computed from again.

@@ -86,6 +86,7 @@ public:
             bad_keys.mark(k, head_.k.rows, head_.k.cols, arena);
             bad_queries.mark(q, head_.q.rows, head_.q.cols, arena);
             clear_masked = bad_keys.any() || bad_queries.any();
+            for (const T mean : row_means) clear_masked |= !is_finite(mean);
             for (const auto& term : terms) {
                 bad_terms.mark(term.z, head_.v.rows, value_dim, arena);
                 clear_masked |= bad_terms.any();

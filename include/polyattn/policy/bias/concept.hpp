@@ -33,10 +33,11 @@ struct NoBias {
 
 namespace detail {
 
+/// The bound bias, or a reference to the bias itself.
 template <class P>
-auto bind_bias(const P& bias, index_t queries, index_t keys) {
+decltype(auto) bind_bias(const P& bias, index_t queries, index_t keys) {
     if constexpr (requires { bias.bind(queries, keys); }) return bias.bind(queries, keys);
-    else return bias;
+    else return (bias);
 }
 
 /// Throws unless a table of `size` entries, all finite, is there.

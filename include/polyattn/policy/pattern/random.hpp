@@ -36,7 +36,8 @@ struct GlobalTokens {
     }
 };
 
-/// Each query sees `count` other tokens drawn at random, a fresh draw a row (directed edges); all others when there are not more.
+/// Each query sees `count` other tokens drawn at random, a fresh draw for each position (directed edges); all others when there
+/// are not more. count x n pairs.
 /// Source: Diffuser (AAAI 2023), section "random attention".
 struct RandomTokens {
     using policy_kind = sparsity_pattern_kind;
@@ -54,7 +55,6 @@ struct RandomTokens {
         for (index_t i = 0; i < queries; ++i) {
             const offset_t self = at.position(i);
             const bool inside = self >= 0 && self < keys;
-            // Rows are numbered by position from the end, so that one more key at the end (decoding) leaves no row twice.
             RandomRow(seed, static_cast<std::uint32_t>(self), random_stream::random_tokens).distinct(keys - (inside ? 1 : 0), count, chosen);
             for (const index_t key : chosen) edges.keys.push_back(inside && key >= self ? key + 1 : key);
             edges.offsets.push_back(edges.count());
