@@ -15,6 +15,8 @@
 #include <sstream>
 #include <unordered_map>
 
+#include <unistd.h>
+
 using namespace polyattn;
 
 namespace {
@@ -79,8 +81,11 @@ std::vector<std::string> words_of(const std::string& text) {
     return words;
 }
 
-/// One line on the error stream that the next one replaces: what is being done while it takes long.
-void progress(const std::string& what) { std::cerr << "\r" << what << std::string(what.size() < 78 ? 78 - what.size() : 0, ' ') << "\r" << std::flush; }
+/// One line on the error stream, where that is a terminal, which the next one replaces: what is being done while it takes long.
+void progress(const std::string& what) {
+    static const bool terminal = isatty(STDERR_FILENO);
+    if (terminal) std::cerr << "\r" << what << std::string(what.size() < 78 ? 78 - what.size() : 0, ' ') << "\r" << std::flush;
+}
 
 /// Each head adds up a fixed random vector for every run of 3 to 5 letters of " word ", so words that share letters are similar.
 /// Rows have the length that makes a word's score with itself 5.
