@@ -69,6 +69,16 @@ TEST_CASE("spectra of Diffuser's parts at n = 1024, w = g = r = 64") {
     near(unite(tokens, self), .13, .02);
     const Plan regular = RandomRegular{.degree = 64, .seed = seed}.plan(n, n);
     near(regular, 2 * std::sqrt(63.) / 64, .02);
+    // The directed union of 64 random permutations.
+    std::vector<detail::Pair> pairs;
+    for (std::uint32_t p = 0; p < 64; ++p) {
+        std::vector<index_t> to(static_cast<std::size_t>(n));
+        std::iota(to.begin(), to.end(), 0);
+        RandomRow row(seed, p, 56);
+        for (std::size_t i = to.size(); i > 1; --i) std::swap(to[i - 1], to[row.below(static_cast<std::uint32_t>(i))]);
+        for (index_t i = 0; i < n; ++i) pairs.push_back({i, to[static_cast<std::size_t>(i)]});
+    }
+    near(PlanBuilder(n, n).edges(detail::edges_from_pairs(pairs, n)).build(), .128, .02);
     // Sliced from a draw at 4096, as the published code does: fewer random cells and globals survive.
     const Plan cells = Prefix<ErdosRenyi>{.pattern = {.per_token = 64, .seed = seed}}.plan(n, n), survivors = Prefix<GlobalTokens>{.pattern = {.count = 64, .seed = seed}}.plan(n, n);
     near(unite(blocks, cells), .85, .04);
@@ -89,8 +99,8 @@ TEST_CASE("token-wise random beats block-wise random at the same budget") {
         blockwise.offsets.push_back(static_cast<offset_t>(blockwise.keys.size()));
     }
     const double tokens = second_eigenvalue(RandomTokens{.count = degree, .seed = seed}.plan(n, n)), blocks = second_eigenvalue(blockwise.plan(n, n));
-    CHECK(tokens < .09);
-    CHECK(blocks > 3 * tokens);
+    CHECK(std::abs(tokens - .066) < .02);
+    CHECK(blocks > .4);  // .54 to .59 for most draws
 }
 
 TEST_CASE("the theorems' assumptions and bounds hold on a random regular graph") {
