@@ -143,5 +143,6 @@ TEST_CASE("a shift by one token: windows do not notice, blocks do, diffusion smo
     CHECK(sensitivity(Attention{SlidingWindow{.window = 16}}) < 1e-12);
     CHECK(sensitivity(Attention{SlidingWindow{.window = 16}, PPR<3>{}}) < 1e-12);
     CHECK(sensitivity(Attention{OverlappingBlocks{16}}) > .05);
-    CHECK(sensitivity(Attention{BlockLocal{16}}) > sensitivity(Attention{OverlappingBlocks{16}}));
+    CHECK(sensitivity(Attention{BlockLocal{16}}) > .05);
+    CHECK(sensitivity(Attention{OverlappingBlocks{16}, PPR<3>{}}) > .01);
 }
