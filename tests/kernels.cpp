@@ -1,4 +1,4 @@
-// SIMD kernels against the double-precision reference, within derived bounds. Built once for each architecture and once under
+// SIMD kernels against the double-precision reference, within derived bounds and an estimated allowance for flushed weights. Built once for each architecture and once under
 // -Ofast: everything here must hold for all of them.
 #include "support/bounds.hpp"
 #include "support/layers.hpp"
