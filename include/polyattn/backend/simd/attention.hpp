@@ -41,7 +41,7 @@ void forward(const Head<T, Bias>& head, const HeadResult<T>& result, Workers& wo
     const index_t columns = attention.columns();
     const Rows<T> v = readable_rows(head.v, true, width, arena);
     const bool once = hops.size() == 1 && !attention.has_shared_rows();
-    if (!once && (!hops.empty() || result.logsumexp)) attention.prepare();
+    if (!once && (!hops.empty() || result.logsumexp)) attention.prepare(result.logsumexp != nullptr);
 
     Rows<T> z = scaled_rows(v, head.recursion->start, head.v.rows, columns, arena);
     if (hops.empty()) {
@@ -62,8 +62,10 @@ void forward(const Head<T, Bias>& head, const HeadResult<T>& result, Workers& wo
             if (!spare[k % 2]) spare[k % 2] = arena.take<T>(offset_t{rows} * columns).data();
             to = spare[k % 2];
         }
-        if (once) attention.apply_once(z, v, hops[k], to, stride);
-        else attention.apply(z, v, hops[k], to, stride);
+        // Dropout on Z changes what the next hop starts from.
+        const bool continues = !head.dropout.drops_values();
+        if (once) attention.apply_once(z, v, hops[k], to, stride, result.logsumexp != nullptr);
+        else attention.apply(z, v, hops[k], to, stride, k > 0 && continues, !last && continues);
         if (head.dropout.drops_values())
             for (index_t i = 0; i < rows; ++i) drop_values(head.dropout, static_cast<int>(k), i, to + i * stride, dim);
         if (result.hops && columns != dim)
@@ -91,7 +93,7 @@ void backward(const Head<T, Bias>& head, const HeadGradient<T>& gradient, Worker
             for (index_t c = 0; c < dim; ++c) gradient.d_v(i, c) += static_cast<T>(start) * gradient.d_out(i, c);
         return;
     }
-    SparseSoftmaxGradient<T, A, Bias> attention(head, gradient.logsumexp, workers);
+    SparseSoftmaxGradient<T, A, Bias> attention(head, gradient.logsumexp, count > 1, workers);
     const index_t columns = attention.columns();
     const Rows<T> v = readable_rows(head.v, true, width, arena);
 
@@ -103,6 +105,8 @@ void backward(const Head<T, Bias>& head, const HeadGradient<T>& gradient, Worker
     const auto row_means = arena.take<T>(rows);
     std::fill(row_means.begin(), row_means.end(), T(0));
 
+    // One hop needs every weight once: for dV and for the gradient of the weights in the same pass.
+    const bool fused = count == 1 && attention.shares_passes();
     T* g = arena.take<T>(offset_t{rows} * columns).data();
     for (index_t i = 0; i < rows; ++i) {
         T* const to = g + offset_t{i} * columns;
@@ -133,13 +137,13 @@ void backward(const Head<T, Bias>& head, const HeadGradient<T>& gradient, Worker
         }
         terms[k].g = {scaled, columns};
         T* const next = arena.take<T>(offset_t{keys} * columns).data();
-        attention.apply_transposed({scaled, columns}, next, columns);
+        if (!fused) attention.apply_transposed({scaled, columns}, next, columns);
         g = next;
     }
+    attention.weights_gradient(terms, row_means, gradient, fused ? g : nullptr);
     if (start != 0)
         for (index_t j = 0; j < keys; ++j)
             for (index_t c = 0; c < dim; ++c) gradient.d_v(j, c) += static_cast<T>(start) * g[offset_t{j} * columns + c];
-    attention.weights_gradient(terms, row_means, gradient);
 }
 
 }  // namespace detail::simd

@@ -1,5 +1,6 @@
 #pragma once
-// Gathered work: dot products along edges (SDDMM) and weighted sums of rows (SpMM). Columns are padded to whole vectors.
+// Gathered work: dot products along edges (SDDMM) and weighted sums of rows (SpMM). What is gathered lies in parts of two cache
+// lines a row, since the footprint decides the speed of gathers, not their length.
 
 #include <polyattn/backend/simd/rows.hpp>
 #include <polyattn/backend/simd/vector.hpp>
@@ -8,41 +9,118 @@ POLYATTN_BEGIN_NAMESPACE
 
 namespace detail::simd {
 
-/// The product of two rows of `columns`, a multiple of the lanes.
-template <class T, class A>
-POLYATTN_ALWAYS_INLINE T dot(const T* a, const T* b, index_t columns) {
-    using V = Vec<T, A>;
-    constexpr int width = lanes<T, A>;
-    V even(T(0)), odd(T(0));
-    index_t c = 0;
-    for (; c + 2 * width <= columns; c += 2 * width) {
-        even = multiply_add(V::load_unaligned(a + c), V::load_unaligned(b + c), even);
-        odd = multiply_add(V::load_unaligned(a + c + width), V::load_unaligned(b + c + width), odd);
-    }
-    if (c < columns) even = multiply_add(V::load_unaligned(a + c), V::load_unaligned(b + c), even);
-    return lane_sum(even + odd);
+/// Rows split into parts of up to 128 bytes of columns, [part][row][columns of the part].
+template <class T>
+struct Parts {
+    static constexpr index_t part_columns = 128 / sizeof(T);
+
+    T* data = nullptr;
+    index_t rows = 0, columns = 0;  // columns are padded to whole vectors
+
+    index_t count() const { return (columns + part_columns - 1) / part_columns; }
+    index_t width(index_t part) const { return std::min(part_columns, columns - part * part_columns); }
+    T* part(index_t p) const { return data + offset_t{p} * part_columns * rows; }
+};
+
+template <class T>
+Parts<T> take_parts(index_t rows, index_t columns, Arena& arena) {
+    return {arena.take<T>(offset_t{rows} * columns).data(), rows, columns};
 }
 
-/// out[columns] += factor * sum over e < count of weight(e) * x[row(e)].
-template <class T, class A, class Row, class Weight>
-POLYATTN_ALWAYS_INLINE void gather_sum(offset_t count, Row row, Weight weight, Rows<T> x, T factor, index_t columns, T* out) {
+/// Calls f(integral_constant vectors, part) for all parts.
+template <class T, class A, class F>
+void for_each_part(const Parts<T>& parts, F&& f) {
+    constexpr int most = static_cast<int>(Parts<T>::part_columns) / lanes<T, A>;
+    for (index_t p = 0; p < parts.count(); ++p)
+        with_count<most>(static_cast<int>(parts.width(p)) / lanes<T, A>, [&](auto vectors) POLYATTN_INLINE_LAMBDA { f(vectors, p); });
+}
+
+/// Copies row i of x to the parts.
+template <class T>
+void split_row(const T* x, index_t i, const Parts<T>& parts) {
+    for (index_t p = 0; p < parts.count(); ++p) std::copy_n(x + p * Parts<T>::part_columns, parts.width(p), parts.part(p) + offset_t{i} * parts.width(p));
+}
+
+/// Gathers run this many edges ahead of the sums once a part exceeds half of a usual second-level cache.
+inline constexpr offset_t gather_ahead = 32;
+template <class T>
+bool is_out_of_cache(const Parts<T>& parts) { return offset_t{parts.rows} * static_cast<offset_t>(sizeof(T)) * parts.width(0) > offset_t{512} << 10; }
+
+template <int N, class T, class A>
+POLYATTN_ALWAYS_INLINE void prefetch_row(const T* row) {
+    constexpr int line = 64 / static_cast<int>(sizeof(T));
+    for (int c = 0; c < N * lanes<T, A>; c += line) prefetch(row + c);
+}
+
+/// sum += sum over e < count of weights[e] * part[keys[e]]. `known` keys may be read for fetching ahead; 0 fetches nothing ahead.
+template <int N, class T, class A>
+POLYATTN_ALWAYS_INLINE void gather_sum(Vec<T, A> (&sum)[N], const index_t* keys, const T* weights, offset_t count, const T* part, offset_t known) {
     using V = Vec<T, A>;
-    constexpr int width = lanes<T, A>, panel = 4;
-    const auto sum = [&]<int N>(std::integral_constant<int, N>, index_t column) POLYATTN_INLINE_LAMBDA {
-        V acc[N];
-        unroll<N>([&](auto v) POLYATTN_INLINE_LAMBDA { acc[v] = V(T(0)); });
-        for (offset_t e = 0; e < count; ++e) {
-            const V w(weight(e));
-            const T* from = x.row(row(e)) + column;
-            unroll<N>([&](auto v) POLYATTN_INLINE_LAMBDA { acc[v] = multiply_add(w, V::load_unaligned(from + v * width), acc[v]); });
-        }
-        unroll<N>([&](auto v) POLYATTN_INLINE_LAMBDA {
-            multiply_add(V(factor), acc[v], V::load_unaligned(out + column + v * width)).store_unaligned(out + column + v * width);
-        });
+    constexpr int width = lanes<T, A>, sets = N >= 8 ? 1 : 8 / N;
+    V acc[sets][N];
+    unroll<sets>([&](auto s) POLYATTN_INLINE_LAMBDA { unroll<N>([&](auto v) POLYATTN_INLINE_LAMBDA { acc[s][v] = V(T(0)); }); });
+    const auto add = [&](auto set, offset_t e) POLYATTN_INLINE_LAMBDA {
+        const V weight(weights[e]);
+        const T* const row = part + offset_t{keys[e]} * (N * width);
+        unroll<N>([&](auto v) POLYATTN_INLINE_LAMBDA { acc[set][v] = multiply_add(weight, V::load_aligned(row + v * width), acc[set][v]); });
     };
-    index_t column = 0;
-    for (; column + panel * width <= columns; column += panel * width) sum(std::integral_constant<int, panel>{}, column);
-    for (; column < columns; column += width) sum(std::integral_constant<int, 1>{}, column);
+    offset_t e = 0;
+    for (; e + sets <= count; e += sets) {
+        if (e + sets + gather_ahead <= known)
+            unroll<sets>([&](auto s) POLYATTN_INLINE_LAMBDA { prefetch_row<N, T, A>(part + offset_t{keys[e + s + gather_ahead]} * (N * width)); });
+        unroll<sets>([&](auto s) POLYATTN_INLINE_LAMBDA { add(s, e + s); });
+    }
+    if constexpr (sets > 1)
+        unroll<sets - 1>([&](auto s) POLYATTN_INLINE_LAMBDA {
+            if (e + s < count) add(s, e + s);
+        });
+    unroll<N>([&](auto v) POLYATTN_INLINE_LAMBDA {
+        unroll<sets>([&](auto s) POLYATTN_INLINE_LAMBDA { sum[v] = sum[v] + acc[s][v]; });
+    });
+}
+
+/// Sums of the lanes of each vector, in order: rounds of halves, as in a transposition.
+template <class T, class A>
+POLYATTN_ALWAYS_INLINE Vec<T, A> lane_sums(Vec<T, A> (&x)[lanes<T, A>]) {
+    constexpr int rounds = std::bit_width(static_cast<unsigned>(lanes<T, A>)) - 1;
+    unroll<rounds>([&](auto r) POLYATTN_INLINE_LAMBDA {
+        constexpr int half = lanes<T, A> >> (r + 1);
+        unroll<half>([&](auto i) POLYATTN_INLINE_LAMBDA { x[i] = interleave_low<T, A>(x[i], x[i + half]) + interleave_high<T, A>(x[i], x[i + half]); });
+    });
+    return x[0];
+}
+
+/// dots[e] (+)= factor * a . part[keys[e]] for e < count.
+template <int N, class T, class A>
+POLYATTN_ALWAYS_INLINE void gather_dots(const T* a, T factor, const index_t* keys, offset_t count, const T* part, offset_t known, T* dots, bool add) {
+    using V = Vec<T, A>;
+    constexpr int width = lanes<T, A>;
+    V own[N];
+    unroll<N>([&](auto v) POLYATTN_INLINE_LAMBDA { own[v] = V::load_unaligned(a + v * width) * V(factor); });
+    for (offset_t e = 0; e < count; e += width) {
+        V product[width];
+        if (e + width + gather_ahead <= known)
+            unroll<width>([&](auto l) POLYATTN_INLINE_LAMBDA { prefetch_row<N, T, A>(part + offset_t{keys[e + l + gather_ahead]} * (N * width)); });
+        // Behind the end the last edge is repeated.
+        const auto dot = [&](auto l, offset_t edge) POLYATTN_INLINE_LAMBDA {
+            const T* const row = part + offset_t{keys[edge]} * (N * width);
+            product[l] = own[0] * V::load_aligned(row);
+            if constexpr (N > 1)
+                unroll<N - 1>([&](auto v) POLYATTN_INLINE_LAMBDA { product[l] = multiply_add(own[v + 1], V::load_aligned(row + (v + 1) * width), product[l]); });
+        };
+        const offset_t there = std::min<offset_t>(width, count - e);
+        if (there == width) {
+            unroll<width>([&](auto l) POLYATTN_INLINE_LAMBDA { dot(l, e + l); });
+            V sums = lane_sums<T, A>(product);
+            if (add) sums = sums + V::load_unaligned(dots + e);
+            sums.store_unaligned(dots + e);
+        } else {
+            unroll<width>([&](auto l) POLYATTN_INLINE_LAMBDA { dot(l, std::min<offset_t>(e + l, count - 1)); });
+            alignas(64) T rest[width];
+            lane_sums<T, A>(product).store_aligned(rest);
+            for (offset_t l = 0; l < there; ++l) dots[e + l] = add ? dots[e + l] + rest[l] : rest[l];
+        }
+    }
 }
 
 }  // namespace detail::simd

@@ -29,6 +29,15 @@ POLYATTN_ALWAYS_INLINE Vec<T, A> pow2(Vec<T, A> t) {
     constexpr auto& c = exp2_coefficients<T>;
     constexpr int degree = static_cast<int>(std::size(c)) - 1;
 
+#if XSIMD_WITH_AVX512DQ
+    // Fraction and scaling by 2^floor(t) are one instruction each.
+    if constexpr (is_avx512<A> && single) {
+        const V f(_mm512_reduce_ps(t, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC));
+        V p(c[degree]);
+        unroll<degree>([&](auto k) POLYATTN_INLINE_LAMBDA { p = multiply_add(p, f, V(c[degree - 1 - k])); });
+        return _mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(t, V(-126.f), _CMP_NLT_UQ), p, t);
+    }
+#endif
     const V whole = single ? xsimd::floor(t) : xsimd::nearbyint(t);
     const V f = t - whole;
     V p(c[degree]);

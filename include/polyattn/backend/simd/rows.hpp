@@ -6,8 +6,6 @@
 #include <polyattn/core/workspace.hpp>
 #include <polyattn/plan/part.hpp>
 
-#include <cstring>
-
 POLYATTN_BEGIN_NAMESPACE
 
 namespace detail::simd {
@@ -38,36 +36,35 @@ Rows<T> readable_rows(MatrixView<const T> view, bool whole_vectors, int lanes, A
     return {copy, stride};
 }
 
+/// A NaN or an infinity is among `count` values, a multiple of the lanes. By their bits: comparisons fold away under -ffast-math.
+template <class T, class A>
+bool has_non_finite(const T* values, offset_t count) {
+    using Bits = std::conditional_t<sizeof(T) == 4, std::int32_t, std::int64_t>;
+    using I = Vec<Bits, A>;
+    const I exponent(sizeof(T) == 4 ? static_cast<Bits>(0x7f800000) : static_cast<Bits>(0x7ff0000000000000));
+    auto found = I(Bits{0}) == I(Bits{1});
+    for (offset_t c = 0; c < count; c += lanes<T, A>) found = found | ((bit_cast<Bits>(Vec<T, A>::load_unaligned(values + c)) & exponent) == exponent);
+    return xsimd::any(found);
+}
+
 /// Which rows hold a NaN or an infinity. A weight of 0 must not meet them.
 class NonFiniteRows {
 public:
     NonFiniteRows() = default;
 
-    template <class T>
+    /// `columns` are padded to whole vectors.
+    template <class A, class T>
     void mark(Rows<T> rows, index_t count, index_t columns, Arena& arena) {
-        using Bits = std::conditional_t<sizeof(T) == 4, std::uint32_t, std::uint64_t>;
-        constexpr Bits exponent = sizeof(T) == 4 ? Bits{0x7f800000u} : static_cast<Bits>(0x7ff0000000000000ull);
         if (marks_.size() < static_cast<std::size_t>(count)) marks_ = arena.take<std::uint8_t>(count);
         any_ = false;
         for (index_t i = 0; i < count; ++i) {
-            Bits found = 0;
-            for (index_t c = 0; c < columns; ++c) {
-                Bits bits;
-                std::memcpy(&bits, rows.row(i) + c, sizeof bits);
-                found |= static_cast<Bits>((bits & exponent) == exponent);
-            }
-            marks_[static_cast<std::size_t>(i)] = static_cast<std::uint8_t>(found);
-            any_ |= found != 0;
+            const bool found = has_non_finite<T, A>(rows.row(i), columns);
+            marks_[static_cast<std::size_t>(i)] = found;
+            any_ |= found;
         }
     }
     bool any() const { return any_; }
     bool operator[](index_t row) const { return any_ && marks_[static_cast<std::size_t>(row)] != 0; }
-    bool any_of(const IndexSequence& sequence, Bounds positions) const {
-        if (!any_) return false;
-        for (index_t p = positions.begin; p < positions.end; ++p)
-            if (marks_[static_cast<std::size_t>(sequence[p])]) return true;
-        return false;
-    }
 
 private:
     std::span<std::uint8_t> marks_;

@@ -11,12 +11,17 @@ namespace detail::simd {
 
 /// Queries whose scores lie side by side in vectors. The same for every type and architecture, so a plan is lowered once.
 inline constexpr int group_size = 16;
+/// Spans of keys begin and end at multiples of this where the keys do not end before, so that tiles have no small remainders.
+inline constexpr index_t span_unit = 8;
+
+/// What each query of a group sees.
+using Lanes = std::array<Bounds, group_size>;
 
 /// A group's share of one tile: the span of key positions that any of its queries sees.
 struct Piece {
     index_t tile;
-    Bounds span;                             // in the tile's key sequence
-    std::array<Bounds, group_size> lanes;    // what each query sees, in the tile's key sequence
+    Bounds span;                             // in the tile's key sequence, rounded outwards to span_unit
+    Lanes lanes;                             // what each query sees, in the tile's key sequence
     offset_t weights;                        // where its stored weights begin, in rows of group_size
     bool masked;                             // some query does not see the whole span
     int list_slot;                           // which gather buffer a listed key sequence uses; -1 for a range
@@ -26,19 +31,33 @@ struct Piece {
 struct Group {
     std::array<index_t, group_size> rows;
     std::uint32_t active;  // bit a lane
+    bool consecutive;      // rows follow one another
     std::size_t first_piece, last_piece;
+};
+
+/// Consecutive groups that look at the same tiles and are worked on together. Wide ones (long spans) take one block of keys after
+/// the other, all groups each time; the others (windows) forward group by group, backward together.
+struct Unit {
+    std::size_t first, last;
+    bool wide;
+    std::size_t groups() const { return last - first; }
 };
 
 /// A plan in the order in which the SIMD kernels work: groups of queries, each with its pieces of the tiles. O(rows of tiles).
 class Schedule {
 public:
+    static constexpr std::size_t most_groups = 8;         // of a wide unit
+    static constexpr std::size_t most_narrow_groups = 4;  // of another
+
     explicit Schedule(const Plan& plan) {
         add_contiguous_rows(plan);
         add_listed_rows(plan);
         place(plan);
+        form_units();
     }
 
     std::span<const Group> groups() const { return groups_; }
+    std::span<const Unit> units() const { return units_; }
     std::span<const Piece> pieces(const Group& group) const {
         return std::span<const Piece>(pieces_).subspan(group.first_piece, group.last_piece - group.first_piece);
     }
@@ -61,12 +80,14 @@ public:
     /// adds in the same order.
     int chunks() const {
         if (shared_rows_) return 1;
-        return static_cast<int>(std::clamp<std::size_t>(groups_.size() / 128, 1, 4));
+        return static_cast<int>(std::clamp<std::size_t>(groups_.size() / 32, 1, 4));
     }
-    std::span<const Group> chunk(int index) const {
-        const std::size_t count = groups_.size(), parts = static_cast<std::size_t>(chunks()), i = static_cast<std::size_t>(index);
-        return std::span<const Group>(groups_).subspan(count * i / parts, count * (i + 1) / parts - count * i / parts);
+    std::span<const Unit> chunk(int index) const {
+        const std::size_t count = units_.size(), parts = static_cast<std::size_t>(chunks()), i = static_cast<std::size_t>(index);
+        return std::span<const Unit>(units_).subspan(count * i / parts, count * (i + 1) / parts - count * i / parts);
     }
+    /// Lowest and highest query - key of any span.
+    std::pair<index_t, index_t> distances() const { return distances_; }
 
 private:
     struct Entry {
@@ -150,11 +171,13 @@ private:
             piece.span = any ? Bounds{std::min(piece.span.begin, bounds.begin), std::max(piece.span.end, bounds.end)} : bounds;
             any = true;
         }
+        piece.span.begin -= piece.span.begin % span_unit;
+        piece.span.end = std::min((piece.span.end + span_unit - 1) / span_unit * span_unit, tile.keys.size());
         return any;
     }
 
     void add_group(std::array<index_t, group_size> rows, std::span<const Entry> entries) {
-        Group group{rows, 0, pieces_.size(), pieces_.size() + entries.size()};
+        Group group{rows, 0, false, pieces_.size(), pieces_.size() + entries.size()};
         for (const Entry& entry : entries) pieces_.push_back(entry.piece);
         int worker = -1;
         for (int lane = 0; lane < group_size; ++lane)
@@ -169,6 +192,8 @@ private:
                 for (std::size_t p = group.first_piece; p < group.last_piece; ++p)
                     pieces_[p].lanes[static_cast<std::size_t>(lane)] = pieces_[p].lanes[static_cast<std::size_t>(worker)];
             }
+        group.consecutive = true;
+        for (std::size_t lane = 1; lane < group_size; ++lane) group.consecutive &= group.rows[lane] == group.rows[0] + static_cast<index_t>(lane);
         groups_.push_back(group);
     }
 
@@ -194,6 +219,8 @@ private:
                 const Tile& tile = plan.tiles()[static_cast<std::size_t>(piece.tile)];
                 piece.weights = weight_rows_;
                 weight_rows_ += piece.span.size();
+                const auto [lowest, highest] = std::minmax_element(group.rows.begin(), group.rows.end());
+                distances_ = {std::min(distances_.first, *lowest - tile.keys[piece.span.end - 1]), std::max(distances_.second, *highest - tile.keys[piece.span.begin])};
                 for (const Bounds& lane : piece.lanes) piece.masked |= !(lane == piece.span);
                 masked_ |= piece.masked || tile.excluded_in(piece.span) > 0;
                 if (piece.list_slot < 0) continue;
@@ -205,9 +232,32 @@ private:
         }
     }
 
+    void form_units() {
+        constexpr index_t wide_keys = 1024;
+        const auto keys_of = [&](const Group& group) {
+            offset_t keys = 0;
+            for (const Piece& piece : pieces(group)) keys += piece.span.size();
+            return keys;
+        };
+        const auto same_tiles = [&](const Group& a, const Group& b) {
+            return std::ranges::equal(pieces(a), pieces(b), {}, &Piece::tile, &Piece::tile);
+        };
+        // Enough units for some threads, whatever their number.
+        const std::size_t wide_groups = std::clamp<std::size_t>(groups_.size() / 16, 1, most_groups);
+        for (std::size_t g = 0; g < groups_.size(); ++g) {
+            const bool wide = keys_of(groups_[g]) >= wide_keys;
+            if (!units_.empty() && units_.back().wide == wide && units_.back().groups() < (wide ? wide_groups : most_narrow_groups) &&
+                same_tiles(groups_[units_.back().first], groups_[g]))
+                units_.back().last = g + 1;
+            else units_.push_back({g, g + 1, wide});
+        }
+    }
+
     static constexpr int gather_buffers = 4;  // a group with more lists gathers some of them again
     std::vector<Group> groups_;
     std::vector<Piece> pieces_;
+    std::vector<Unit> units_;
+    std::pair<index_t, index_t> distances_{0, 0};
     std::vector<offset_t> slot_offsets_, slots_;
     std::vector<index_t> list_capacity_;
     offset_t weight_rows_ = 0;

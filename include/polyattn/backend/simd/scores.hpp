@@ -33,15 +33,19 @@ struct alignas(64) GroupState {
     T reference[group_size];
     T threshold[group_size];
     T sum[group_size];
-    T* weights = nullptr;  // first weight written since the reference may change ..
-    T* out = nullptr;      // .. and the output accumulated so far; both follow a new reference
-    index_t columns = 0;
+    T* weights;        // of the block at hand and ..
+    T* out;            // .. the output accumulated so far follow a new reference
+    index_t columns;
+    bool has_out;
 
-    void start() {
+    void start(T* output, index_t output_columns) {
         std::fill_n(reference, group_size, T(0));
         std::fill_n(threshold, group_size, no_reference<T>);
         std::fill_n(sum, group_size, T(0));
-        weights = out = nullptr;
+        weights = nullptr;
+        out = output;
+        columns = output_columns;
+        has_out = false;
     }
 };
 
@@ -50,7 +54,7 @@ struct Block {
     const Tile* tile;
     index_t first;                           // position in the tile's keys
     index_t keys;
-    std::array<Bounds, group_size> lanes;    // relative to `first`
+    Lanes lanes;                             // relative to `first`
     index_t all_begin, all_end;              // seen by every lane
     bool masked;
     std::span<const index_t> excluded;       // keys, ascending
@@ -61,47 +65,87 @@ struct Block {
         const Bounds bounds = lanes[static_cast<std::size_t>(lane)];
         return p >= bounds.begin && p < bounds.end && !is_excluded(p);
     }
+    const Lanes* mask() const { return masked ? &lanes : nullptr; }
 };
 
-/// Calls f(block) for the key blocks of a piece, clipped to the keys and queries that are not padding.
-template <class F>
-void for_each_block(const Group& group, const Piece& piece, const Tile& tile, index_t query_length, index_t key_length, index_t block_keys, F&& f) {
+/// A group's part of the key positions `range` (of whole span_units), without keys and queries that are padding. No keys: nothing.
+inline Block make_block(const Group& group, const Piece& piece, const Tile& tile, Bounds range, index_t query_length, index_t key_length) {
     const index_t limit = tile.keys.lower_bound(key_length);
-    std::array<Bounds, group_size> seen;
-    Bounds span{};
-    for (std::size_t lane = 0; lane < group_size; ++lane) {
-        Bounds bounds = piece.lanes[lane];
-        bounds.end = std::min(bounds.end, limit);
-        if (group.rows[lane] >= query_length || bounds.empty()) bounds = {};
-        seen[lane] = bounds;
-        if (bounds.empty()) continue;
-        span = span.empty() ? bounds : Bounds{std::min(span.begin, bounds.begin), std::max(span.end, bounds.end)};
-    }
-    for (index_t first = span.begin; first < span.end; first += block_keys) {
-        Block block{&tile, first, std::min(block_keys, span.end - first), {}, 0, 0, false, {}};
-        block.all_end = block.keys;
+    const index_t first = std::max(range.begin, piece.span.begin), end = std::min({range.end, piece.span.end, limit});
+    Block block{&tile, first, 0, {}, 0, 0, false, {}};
+    if (end <= first) return block;
+    block.keys = std::min({range.end, piece.span.end, (end + span_unit - 1) / span_unit * span_unit}) - first;
+    block.all_end = block.keys;
+    bool padded_query = false;
+    for (const index_t row : group.rows) padded_query |= row >= query_length;
+    if (!piece.masked && !padded_query && end == first + block.keys) block.lanes.fill({0, block.keys});
+    else {
+        bool any = false;
         for (std::size_t lane = 0; lane < group_size; ++lane) {
-            const Bounds bounds{std::clamp(seen[lane].begin - first, index_t{0}, block.keys), std::clamp(seen[lane].end - first, index_t{0}, block.keys)};
-            block.lanes[lane] = bounds.empty() ? Bounds{} : bounds;
-            block.all_begin = std::max(block.all_begin, block.lanes[lane].begin);
-            block.all_end = std::min(block.all_end, block.lanes[lane].end);
+            Bounds bounds{std::max(piece.lanes[lane].begin, first) - first, std::min(piece.lanes[lane].end, end) - first};
+            if (bounds.empty() || group.rows[lane] >= query_length) bounds = {};
+            block.lanes[lane] = bounds;
+            block.all_begin = std::max(block.all_begin, bounds.begin);
+            block.all_end = std::min(block.all_end, bounds.end);
+            any |= bounds.end > 0;
         }
-        if (!tile.excluded.empty()) {
-            const auto from = std::lower_bound(tile.excluded.begin(), tile.excluded.end(), block.key(0));
-            block.excluded = {from, std::upper_bound(from, tile.excluded.end(), block.key(block.keys - 1))};
+        if (!any) {
+            block.keys = 0;
+            return block;
         }
-        block.masked = block.all_begin > 0 || block.all_end < block.keys || !block.excluded.empty();
-        f(block);
+        if (block.all_end < block.all_begin) block.all_begin = block.all_end = 0;
     }
+    if (!tile.excluded.empty()) {
+        const auto from = std::lower_bound(tile.excluded.begin(), tile.excluded.end(), block.key(0));
+        block.excluded = {from, std::upper_bound(from, tile.excluded.end(), block.key(block.keys - 1))};
+    }
+    block.masked = block.all_begin > 0 || block.all_end < block.keys || !block.excluded.empty();
+    return block;
 }
 
-/// Transposes 16 rows to [column][16], times `factor`.
-template <class T>
-void pack_rows(const std::array<index_t, group_size>& rows, Rows<T> from, index_t columns, T factor, T* packed) {
-    for (int lane = 0; lane < group_size; ++lane) {
-        const T* row = from.row(rows[static_cast<std::size_t>(lane)]);
-        for (index_t c = 0; c < columns; ++c) packed[c * group_size + lane] = row[c] * factor;
+/// A bias that hangs on the distance alone, evaluated once a distance: rows of 16 queries load theirs side by side.
+template <class T, class Bias>
+class DistanceTable {
+public:
+    static constexpr bool exists = DistanceBias<Bias>;
+
+    void fill([[maybe_unused]] const Head<T, Bias>& head, [[maybe_unused]] std::pair<index_t, index_t> distances, [[maybe_unused]] Arena& arena) {
+        if constexpr (exists) {
+            lowest_ = std::max(distances.first, 1 - head.k.rows);
+            highest_ = std::min(distances.second, head.q.rows - 1);
+            if (highest_ < lowest_) return;
+            values_ = arena.take<T>(offset_t{highest_} - lowest_ + 1).data();
+            for (index_t d = lowest_; d <= highest_; ++d)
+                values_[d - lowest_] = static_cast<T>(double((*head.bias)(head.batch, head.head, std::max(d, 0), std::max(d, 0) - d)) * log2_e);
+        }
     }
+    T at(index_t query, index_t key) const { return values_[query - key - lowest_]; }
+    bool covers(index_t query, index_t key) const { return query - key >= lowest_ && query - key <= highest_; }
+    /// Of queries first_query .. + 15; null where that leaves the table.
+    const T* row(index_t first_query, index_t key) const {
+        return first_query - key >= lowest_ && first_query - key + group_size - 1 <= highest_ ? values_ + (first_query - key - lowest_) : nullptr;
+    }
+
+private:
+    T* values_ = nullptr;
+    index_t lowest_ = 0, highest_ = -1;
+};
+
+/// Transposes 16 rows to [column][16], times `factor`.
+template <class T, class A>
+void pack_rows(const std::array<index_t, group_size>& rows, Rows<T> from, index_t columns, T factor, T* packed) {
+    using V = Vec<T, A>;
+    constexpr int lanes = Tiling<T, A>::lanes;
+    index_t c = 0;
+    for (; c + lanes <= columns; c += lanes)
+        for (int part = 0; part < group_size; part += lanes) {
+            V block[lanes];
+            unroll<lanes>([&](auto i) POLYATTN_INLINE_LAMBDA { block[i] = V::load_unaligned(from.row(rows[static_cast<std::size_t>(part + i)]) + c) * V(factor); });
+            transpose<T, A>(block);
+            unroll<lanes>([&](auto i) POLYATTN_INLINE_LAMBDA { block[i].store_aligned(packed + (c + i) * group_size + part); });
+        }
+    for (; c < columns; ++c)
+        for (int lane = 0; lane < group_size; ++lane) packed[c * group_size + lane] = from.row(rows[static_cast<std::size_t>(lane)])[c] * factor;
 }
 
 /// Raises the reference of the lanes whose tile maximum passed their threshold. Rare, out of line.
@@ -124,23 +168,38 @@ POLYATTN_NOINLINE void raise_reference(TileScores<T, A, M>& score, const GroupVe
         for (T* weights = state.weights; weights < weights_end; weights += group_size)
             (V::load_aligned(weights + v * lanes) * factor).store_aligned(weights + v * lanes);
     }
-    if (state.out)
+    if (state.has_out)
         for (int lane = 0; lane < group_size; ++lane)
             for (index_t c = 0; c < state.columns; ++c) state.out[lane * state.columns + c] *= scale[lane];
+}
+
+/// Base-2 biases of key position p and 16 queries; 0 for pairs that are not seen.
+template <class T, class Bias>
+POLYATTN_NOINLINE void pair_biases(const Block& block, const Head<T, Bias>& head, const DistanceTable<T, Bias>& distances, const Group& group, index_t p, T* out) {
+    const index_t key = block.key(p);
+    for (int lane = 0; lane < group_size; ++lane) {
+        const index_t row = group.rows[static_cast<std::size_t>(lane)];
+        if (!block.is_seen(lane, p)) out[lane] = 0;
+        else if constexpr (DistanceTable<T, Bias>::exists) out[lane] = distances.at(row, key);
+        else out[lane] = static_cast<T>(double((*head.bias)(head.batch, head.head, row, key)) * log2_e);
+    }
 }
 
 /// Weights of a block, [key][16]. Online: relative to the state's reference, which follows the scores, and summed. Otherwise
 /// relative to the reference as it is (the row's logsumexp), so they are final.
 template <bool Online, class T, class A, class Bias>
-void score_block(const Block& block, const Head<T, Bias>& head, const Group& group, const T* queries, Rows<T> keys, GroupState<T>& state, T* weights) {
+POLYATTN_NOINLINE void score_block(const Block& block, const Head<T, Bias>& head, const DistanceTable<T, Bias>& distances, const Group& group, const T* queries,
+                                   Rows<T> keys, GroupState<T>& state, T* weights) {
     using V = Vec<T, A>;
     using K = Tiling<T, A>;
     constexpr int vectors = K::group_vectors, lanes = K::lanes;
     alignas(64) T begin[group_size], end[group_size];
-    for (std::size_t lane = 0; lane < group_size; ++lane) {
-        begin[lane] = static_cast<T>(block.lanes[lane].begin);
-        end[lane] = static_cast<T>(block.lanes[lane].end);
-    }
+    if (block.masked)
+        for (std::size_t lane = 0; lane < group_size; ++lane) {
+            begin[lane] = static_cast<T>(block.lanes[lane].begin);
+            end[lane] = static_cast<T>(block.lanes[lane].end);
+        }
+    state.weights = weights;
     const auto tile = [&]<int M>(std::integral_constant<int, M>, index_t p) POLYATTN_INLINE_LAMBDA {
         TileScores<T, A, M> score;
         unroll<vectors>([&](auto v) POLYATTN_INLINE_LAMBDA {
@@ -149,14 +208,18 @@ void score_block(const Block& block, const Head<T, Bias>& head, const Group& gro
         });
         score_tile<M, T, A>(score, keys.row(p), keys.stride, queries, head.q.cols);
         if constexpr (!std::is_same_v<Bias, NoBias>) {
-            alignas(64) T bias[group_size];
-            for (int i = 0; i < M; ++i) {
-                for (int lane = 0; lane < group_size; ++lane)
-                    bias[lane] = block.is_seen(lane, p + i)
-                                     ? static_cast<T>(double((*head.bias)(head.batch, head.head, group.rows[static_cast<std::size_t>(lane)], block.key(p + i))) * log2_e)
-                                     : T(0);
-                for (int v = 0; v < vectors; ++v) score[i][v] = score[i][v] + V::load_aligned(bias + v * lanes);
-            }
+            const T* near = nullptr;
+            if constexpr (DistanceTable<T, Bias>::exists)
+                if (group.consecutive && !block.tile->keys.is_list() && distances.row(group.rows[0], block.key(p))) near = distances.row(group.rows[0], block.key(p + M - 1));
+            if (near)  // queries and keys run on: the rows of later keys lie before
+                unroll<M>([&](auto i) POLYATTN_INLINE_LAMBDA {
+                    unroll<vectors>([&](auto v) POLYATTN_INLINE_LAMBDA { score[i][v] = score[i][v] + V::load_unaligned(near + (M - 1 - i) + v * lanes); });
+                });
+            else unroll<M>([&](auto i) POLYATTN_INLINE_LAMBDA {
+                alignas(64) T bias[group_size];
+                pair_biases(block, head, distances, group, p + i, bias);
+                unroll<vectors>([&](auto v) POLYATTN_INLINE_LAMBDA { score[i][v] = score[i][v] + V::load_aligned(bias + v * lanes); });
+            });
         }
         if (p < block.all_begin || p + M > block.all_end)
             unroll<M>([&](auto i) POLYATTN_INLINE_LAMBDA {
@@ -167,9 +230,9 @@ void score_block(const Block& block, const Head<T, Bias>& head, const Group& gro
                 });
             });
         if (!block.excluded.empty())
-            for (int i = 0; i < M; ++i)
-                if (block.is_excluded(p + i))
-                    for (int v = 0; v < vectors; ++v) score[i][v] = V(masked_score<T>);
+            unroll<M>([&](auto i) POLYATTN_INLINE_LAMBDA {
+                if (block.is_excluded(p + i)) unroll<vectors>([&](auto v) POLYATTN_INLINE_LAMBDA { score[i][v] = V(masked_score<T>); });
+            });
         T* const out = weights + p * group_size;
         if constexpr (Online) {
             V highest[vectors];
@@ -179,7 +242,13 @@ void score_block(const Block& block, const Head<T, Bias>& head, const Group& gro
                 unroll<M>([&](auto i) POLYATTN_INLINE_LAMBDA { highest[v] = xsimd::max(highest[v], score[i][v]); });
                 raise |= xsimd::any(highest[v] > V::load_aligned(state.threshold + v * lanes));
             });
-            if (raise) raise_reference<M, T, A>(score, highest, state, out);
+            if (raise) [[unlikely]] {
+                // Through a copy: the tile itself must never have an address, or it lives in memory.
+                TileScores<T, A, M> raised;
+                unroll<M>([&](auto i) POLYATTN_INLINE_LAMBDA { unroll<vectors>([&](auto v) POLYATTN_INLINE_LAMBDA { raised[i][v] = score[i][v]; }); });
+                raise_reference<M, T, A>(raised, highest, state, out);
+                unroll<M>([&](auto i) POLYATTN_INLINE_LAMBDA { unroll<vectors>([&](auto v) POLYATTN_INLINE_LAMBDA { score[i][v] = raised[i][v]; }); });
+            }
         }
         unroll<vectors>([&](auto v) POLYATTN_INLINE_LAMBDA {
             V sum(T(0));
@@ -192,9 +261,7 @@ void score_block(const Block& block, const Head<T, Bias>& head, const Group& gro
             if constexpr (Online) sum.store_aligned(state.sum + v * lanes);
         });
     };
-    index_t p = 0;
-    for (; p + K::score_keys <= block.keys; p += K::score_keys) tile(std::integral_constant<int, K::score_keys>{}, p);
-    for (; p < block.keys; ++p) tile(std::integral_constant<int, 1>{}, p);
+    for_each_key_tile<K::score_keys>(block.keys, tile);
 }
 
 /// Multiplies the weights of a block by dropout's mask.
@@ -212,11 +279,10 @@ void drop_weights(const Block& block, const DropoutMask& mask, const Group& grou
     }
 }
 
-/// weighted_sum, or, where weights of 0 would meet non-finite rows of x, row by row over what each query sees.
+/// weighted_sum; `careful`, row by row over what each query sees, for values that are not all finite.
 template <class T, class A>
-void weighted_sum_block(const Block& block, const T* weights, Rows<T> x, const NonFiniteRows& non_finite, index_t columns, T* out, bool add) {
-    if (!block.masked || !non_finite.any_of(block.tile->keys, {block.first, block.first + block.keys}))
-        return weighted_sum<T, A>(weights, x.data, x.stride, block.lanes, columns, out, columns, add);
+void weighted_sum_block(const Block& block, const T* weights, Rows<T> x, index_t columns, T* out, bool add, bool careful) {
+    if (!careful || !block.masked) return weighted_sum<T, A>(weights, x.data, x.stride, block.keys, block.mask(), columns, out, columns, add);
     if (!add) std::fill_n(out, group_size * columns, T(0));
     for (int lane = 0; lane < group_size; ++lane)
         for (index_t p = 0; p < block.keys; ++p)

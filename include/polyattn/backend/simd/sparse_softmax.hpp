@@ -38,7 +38,7 @@ public:
     using Tiles = Tiling<T, A>;
 
     SparseSoftmax(const Head<T, Bias>& head, const Workers& workers)
-        : head_(head), plan_(*head.plan), schedule_(plan_.template lowered<Schedule>()), workers_(workers),
+        : head_(head), plan_(*head.plan), schedule_(plan_.template lowered<Schedule>()), workers_(workers), dim_(padded(head.q.cols, Tiles::lanes)),
           columns_(padded(head.v.cols, Tiles::lanes)), has_edges_(plan_.edges().count() > 0),
           masked_(schedule_.is_masked() || head.key_length < head.k.rows || head.query_length < head.q.rows) {
         Arena& arena = workers[0];
@@ -51,14 +51,17 @@ public:
         lane_factor_ = arena.take<T>(lane_count);
         edge_weights_ = arena.take<T>(plan_.edges().count());
         plain_edge_weights_ = head.dropout.drops_weights() ? arena.take<T>(plan_.edges().count()) : edge_weights_;
+        distances_.fill(head, schedule_.distances(), arena);
         scratch_ = arena.take<Scratch>(workers.count());
         for (int w = 0; w < workers.count(); ++w) {
+            Arena& own = workers[w];
             Scratch& scratch = scratch_[static_cast<std::size_t>(w)] = Scratch{};
-            scratch.queries = workers[w].template take<T>(offset_t{head.q.cols} * group_size).data();
-            scratch.weights = workers[w].template take<T>(offset_t{Tiles::key_block} * group_size).data();
-            scratch.out = workers[w].template take<T>(offset_t{columns_} * group_size).data();
-            scratch.keys.prepare(schedule_.list_capacity(), head.k.cols, workers[w]);
-            scratch.values.prepare(schedule_.list_capacity(), columns_, workers[w]);
+            scratch.states = own.take<GroupState<T>>(Schedule::most_groups).data();
+            scratch.queries = own.take<T>(offset_t{Schedule::most_groups} * head.q.cols * group_size).data();
+            scratch.weights = own.take<T>(offset_t{Tiles::key_block} * group_size).data();
+            scratch.out = own.take<T>(offset_t{Schedule::most_groups} * columns_ * group_size).data();
+            scratch.keys.prepare(schedule_.list_capacity(), head.k.cols, own);
+            scratch.values.prepare(schedule_.list_capacity(), columns_, own);
         }
     }
 
@@ -70,78 +73,82 @@ public:
     bool has_shared_rows() const { return schedule_.has_shared_rows(); }
 
     /// All weights, or where they exceed the budget the logsumexp that they are computed from again.
-    void prepare() {
+    void prepare(bool wants_logsumexp) {
         choose_storage();
         relative_ = stored_;
         score_edges();
-        for_each_group([&](std::size_t g, Scratch& scratch) {
-            GroupState<T> state;
-            online_weights(schedule_.groups()[g], scratch, state, [](const Block&, const Piece&, const T*) {});
-            keep_state(g, state);
+        if (stored_)
+            for (Scratch& scratch : scratch_) scratch.block_references = workers_[static_cast<int>(&scratch - scratch_.data())].template take<T>(most_blocks() * group_size).data();
+        for_each_unit([&](const Unit& unit, Scratch& scratch) {
+            online_weights(unit, scratch, [](std::size_t, const Block&, const Piece&, const T*) {});
+            if (stored_) join_blocks(unit, scratch);
+            finish_unit(unit, scratch, wants_logsumexp || !stored_);
         });
-        for_each_row([&](index_t i) { finish_row(i); });
+        for_each_row([&](index_t i) {
+            if (!rows_are_lanes() || schedule_.slots(i).empty()) finish_row(i);
+        });
     }
 
     /// out = walk A x + teleport v in one pass that stores no weights. Not for plans with shared rows.
-    void apply_once(Rows<T> x, Rows<T> v, const Hop& hop, T* out, std::ptrdiff_t out_stride) {
+    void apply_once(Rows<T> x, Rows<T> v, const Hop& hop, T* out, std::ptrdiff_t out_stride, bool wants_logsumexp) {
         relative_ = true;
         score_edges();
-        start(x);
+        start(x, false);
         for_each_row([&](index_t i) {
             if (schedule_.slots(i).empty()) finish_row(i);
         });
         start_rows(v, hop, out, out_stride);
-        for_each_group([&](std::size_t g, Scratch& scratch) {
-            const Group& group = schedule_.groups()[g];
-            GroupState<T> state;
-            online_weights(group, scratch, state, [&](const Block& block, const Piece& piece, const T* weights) {
-                accumulate(block, piece, weights, x, scratch, state.out != nullptr);
-                state.out = scratch.out;
+        for_each_unit([&](const Unit& unit, Scratch& scratch) {
+            twice_if_masked(unit, scratch, [&](bool careful) {
+                online_weights(unit, scratch, [&](std::size_t slot, const Block& block, const Piece& piece, const T* weights) {
+                    accumulate(slot, block, piece, weights, x, scratch, careful);
+                });
             });
-            if (!state.out) std::fill_n(scratch.out, offset_t{columns_} * group_size, T(0));
-            keep_state(g, state);
-            for_each_lane(group, [&](std::size_t, index_t row) { finish_row(row); });
-            store_group(g, scratch.out, v, hop, out, out_stride);
+            finish_unit(unit, scratch, wants_logsumexp);
+            if (!rows_are_lanes())
+                for (std::size_t g = unit.first; g < unit.last; ++g) for_each_lane(schedule_.groups()[g], [&](std::size_t, index_t row) { finish_row(row); });
+            store_unit(unit, scratch, v, hop, out, out_stride);
         });
-        add_edges(x, hop, out, out_stride);
+        add_edges(hop, out, out_stride, false);
     }
 
-    /// out = walk A x + teleport v on rows that have keys, 0 on the others. After prepare().
-    void apply(Rows<T> x, Rows<T> v, const Hop& hop, T* out, std::ptrdiff_t out_stride) {
-        start(x);
+    /// out = walk A x + teleport v on rows that have keys, 0 on the others. After prepare(). `continued`: x is the last out.
+    void apply(Rows<T> x, Rows<T> v, const Hop& hop, T* out, std::ptrdiff_t out_stride, bool continued, bool more) {
+        start(x, continued);
         start_rows(v, hop, out, out_stride);
-        for_each_group([&](std::size_t g, Scratch& scratch) {
-            bool started = false;
-            final_weights(schedule_.groups()[g], scratch, true, [&](const Block& block, const Piece& piece, const T* weights) {
-                accumulate(block, piece, weights, x, scratch, started);
-                started = true;
+        for_each_unit([&](const Unit& unit, Scratch& scratch) {
+            twice_if_masked(unit, scratch, [&](bool careful) {
+                for (std::size_t slot = 0; slot < unit.groups(); ++slot) state(scratch, slot).has_out = false;
+                final_weights(unit, scratch, true, [&](std::size_t slot, const Block& block, const Piece& piece, const T* weights) {
+                    accumulate(slot, block, piece, weights, x, scratch, careful);
+                });
             });
-            if (!started) std::fill_n(scratch.out, offset_t{columns_} * group_size, T(0));
-            store_group(g, scratch.out, v, hop, out, out_stride);
+            store_unit(unit, scratch, v, hop, out, out_stride);
         });
-        add_edges(x, hop, out, out_stride);
+        add_edges(hop, out, out_stride, more);
     }
 
 protected:
     struct Scratch {
-        T *queries, *weights, *out;
+        GroupState<T>* states;  // of a unit's groups, as are queries and out
+        T *queries, *weights, *out, *block_references;
         GatheredRows<T> keys, values;
     };
+    GroupState<T>& state(Scratch& scratch, std::size_t slot) const { return scratch.states[slot]; }
+    T* queries_of(Scratch& scratch, std::size_t slot) const { return scratch.queries + slot * static_cast<std::size_t>(head_.q.cols) * group_size; }
+    T* out_of(Scratch& scratch, std::size_t slot) const { return scratch.out + slot * static_cast<std::size_t>(columns_) * group_size; }
 
     // --- iteration ---
 
-    /// f(group index, scratch), in parallel; one after the other where groups share rows.
+    /// f(unit, scratch), in parallel; one after the other where groups share rows.
     template <class F>
-    void for_each_group(F&& f) {
-        constexpr offset_t unit = 4;
-        const auto count = static_cast<offset_t>(schedule_.groups().size());
-        const auto run = [&](offset_t u, int worker) {
-            for (offset_t g = u * unit; g < std::min(count, (u + 1) * unit); ++g) f(static_cast<std::size_t>(g), scratch_[static_cast<std::size_t>(worker)]);
-        };
-        const offset_t units = (count + unit - 1) / unit;
+    void for_each_unit(F&& f) {
+        const auto units = schedule_.units();
+        const auto run = [&](offset_t u, int worker) { f(units[static_cast<std::size_t>(u)], scratch_[static_cast<std::size_t>(worker)]); };
+        const auto count = static_cast<offset_t>(units.size());
         if (has_shared_rows())
-            for (offset_t u = 0; u < units; ++u) run(u, 0);
-        else parallel_for(units, run);
+            for (offset_t u = 0; u < count; ++u) run(u, 0);
+        else parallel_for(count, run);
     }
 
     template <class F>
@@ -160,11 +167,60 @@ protected:
             if (group.active >> lane & 1) f(lane, group.rows[lane]);
     }
 
+    const Group& group_of(const Unit& unit, std::size_t slot) const { return schedule_.groups()[unit.first + slot]; }
+    std::size_t pieces_of(const Unit& unit) const { return schedule_.pieces(schedule_.groups()[unit.first]).size(); }
+    Block block_of(const Unit& unit, std::size_t slot, std::size_t p, Bounds range) const {
+        const Piece& piece = schedule_.pieces(group_of(unit, slot))[p];
+        return make_block(group_of(unit, slot), piece, plan_.tiles()[static_cast<std::size_t>(piece.tile)], range, head_.query_length, head_.key_length);
+    }
+
+    /// Cuts a span into ranges of up to `most` keys of nearly equal sizes.
     template <class F>
-    void for_each_piece_block(const Group& group, F&& f) {
-        for (const Piece& piece : schedule_.pieces(group))
-            for_each_block(group, piece, plan_.tiles()[static_cast<std::size_t>(piece.tile)], head_.query_length, head_.key_length, Tiles::key_block,
-                           [&](const Block& block) { f(block, piece); });
+    static void for_each_range(Bounds span, index_t most, F&& f) {
+        const index_t ranges = (span.size() + most - 1) / most;
+        for (index_t r = 0; r < ranges; ++r) {
+            const auto cut = [&](index_t at) { return at == ranges ? span.end : span.begin + static_cast<index_t>(offset_t{span.size()} * at / ranges) / span_unit * span_unit; };
+            f(Bounds{cut(r), cut(r + 1)});
+        }
+    }
+    Bounds span_of(const Unit& unit, std::size_t p) const {
+        Bounds span = schedule_.pieces(group_of(unit, 0))[p].span;
+        for (std::size_t slot = 1; slot < unit.groups(); ++slot) {
+            const Bounds own = schedule_.pieces(group_of(unit, slot))[p].span;
+            span = {std::min(span.begin, own.begin), std::max(span.end, own.end)};
+        }
+        return span;
+    }
+
+    /// f(slot, block, piece): key blocks outermost for wide units, groups outermost for others.
+    template <class F>
+    void for_each_block(const Unit& unit, F&& f) const {
+        const auto visit = [&](std::size_t slot, std::size_t p, Bounds range) {
+            const Block block = block_of(unit, slot, p, range);
+            if (block.keys > 0) f(slot, block, schedule_.pieces(group_of(unit, slot))[p]);
+        };
+        if (unit.wide) {
+            for (std::size_t p = 0; p < pieces_of(unit); ++p)
+                for_each_range(span_of(unit, p), Tiles::shared_key_block, [&](Bounds range) {
+                    for (std::size_t slot = 0; slot < unit.groups(); ++slot) visit(slot, p, range);
+                });
+        } else
+            for (std::size_t slot = 0; slot < unit.groups(); ++slot)
+                for (std::size_t p = 0; p < pieces_of(unit); ++p)
+                    for_each_range(schedule_.pieces(group_of(unit, slot))[p].span, Tiles::key_block, [&](Bounds range) { visit(slot, p, range); });
+    }
+    /// Blocks of any unit, counting those that turn out to be padding.
+    offset_t most_blocks() const {
+        offset_t most = 0;
+        for (const Unit& unit : schedule_.units()) {
+            offset_t count = 0;
+            for (std::size_t p = 0; p < pieces_of(unit); ++p) {
+                const index_t block = unit.wide ? Tiles::shared_key_block : Tiles::key_block;
+                count += static_cast<offset_t>(unit.groups()) * ((span_of(unit, p).size() + block - 1) / block);
+            }
+            most = std::max(most, count);
+        }
+        return most;
     }
 
     /// Edges of a row whose key is not padding.
@@ -177,6 +233,8 @@ protected:
         const auto begin = edges.keys.begin();
         return {first, std::lower_bound(begin + first, begin + last, head_.key_length) - begin};
     }
+    /// Keys that may be read from an edge on, to fetch ahead.
+    offset_t known_edges(offset_t first, bool ahead) const { return ahead ? plan_.edges().count() - first : 0; }
 
     // --- weights ---
 
@@ -185,74 +243,136 @@ protected:
         stored_ = bytes <= head_.weight_budget;
         if (stored_) store_ = workers_[0].template take<T>(schedule_.weight_rows() * group_size);
     }
-    T* stored_weights(const Block& block, const Piece& piece) { return &store_[static_cast<std::size_t>(piece.weights + block.first - piece.span.begin) * group_size]; }
+    T* stored_weights(const Block& block, const Piece& piece) const { return &store_[static_cast<std::size_t>(piece.weights + block.first - piece.span.begin) * group_size]; }
 
-    void pack_queries(const Group& group, Scratch& scratch) const {
-        pack_rows(group.rows, q_, head_.q.cols, static_cast<T>(head_.scale * log2_e), scratch.queries);
+    void pack_queries(const Unit& unit, Scratch& scratch) const {
+        for (std::size_t slot = 0; slot < unit.groups(); ++slot)
+            pack_rows<T, A>(group_of(unit, slot).rows, q_, head_.q.cols, static_cast<T>(head_.scale * log2_e), queries_of(scratch, slot));
     }
     Rows<T> block_keys(const Block& block, const Piece& piece, Scratch& scratch) const {
         const Rows<T> keys = scratch.keys.get(block.tile->keys, piece.list_slot, k_);
         return {keys.row(block.first), keys.stride};
     }
 
-    /// Weights of a group relative to a running reference, f(block, piece, weights) after each block.
+    /// Weights of a unit's groups relative to running references, f(slot, block, piece, weights) after each block.
     template <class F>
-    void online_weights(const Group& group, Scratch& scratch, GroupState<T>& state, F&& f) {
-        state.start();
-        state.columns = columns_;
-        pack_queries(group, scratch);
-        for_each_piece_block(group, [&](const Block& block, const Piece& piece) {
+    void online_weights(const Unit& unit, Scratch& scratch, F&& f) {
+        for (std::size_t slot = 0; slot < unit.groups(); ++slot) state(scratch, slot).start(out_of(scratch, slot), columns_);
+        pack_queries(unit, scratch);
+        T* reference = scratch.block_references;
+        for_each_block(unit, [&](std::size_t slot, const Block& block, const Piece& piece) {
+            const Group& group = group_of(unit, slot);
             T* const weights = stored_ ? stored_weights(block, piece) : scratch.weights;
-            if (!state.weights || !stored_) state.weights = weights;
-            score_block<true, T, A>(block, head_, group, scratch.queries, block_keys(block, piece, scratch), state, weights);
+            score_block<true, T, A>(block, head_, distances_, group, queries_of(scratch, slot), block_keys(block, piece, scratch), state(scratch, slot), weights);
             if (head_.dropout.drops_weights()) drop_weights(block, head_.dropout, group, weights);
-            f(block, piece, weights);
+            if (stored_) reference = std::copy_n(state(scratch, slot).reference, group_size, reference);
+            f(slot, block, piece, weights);
         });
     }
 
-    /// f(block, piece, weights) with the weights that belong to lane_factor_ (stored), or final ones computed again.
+    /// Stored blocks are relative to the references of their time: brings them to the last ones.
+    void join_blocks(const Unit& unit, Scratch& scratch) {
+        using V = Vec<T, A>;
+        const T* reference = scratch.block_references;
+        for_each_block(unit, [&](std::size_t slot, const Block& block, const Piece& piece) {
+            const T* const last = state(scratch, slot).reference;
+            if (!std::equal(last, last + group_size, reference)) {
+                T* const weights = stored_weights(block, piece);
+                for (int part = 0; part < group_size; part += Tiles::lanes) {
+                    const V factor = pow2(V::load_unaligned(reference + part) - V::load_aligned(last + part));
+                    for (index_t p = 0; p < block.keys; ++p) (V::load_aligned(weights + p * group_size + part) * factor).store_aligned(weights + p * group_size + part);
+                }
+            }
+            reference += group_size;
+        });
+    }
+
+    /// f(slot, block, piece, weights) with the weights that belong to lane_factor_ (stored), or final ones computed again.
     template <class F>
-    void final_weights(const Group& group, Scratch& scratch, bool dropped, F&& f) {
+    void final_weights(const Unit& unit, Scratch& scratch, bool dropped, F&& f) {
         const bool read = stored_ && (dropped || !head_.dropout.drops_weights());
-        GroupState<T> state;
-        if (!read) start_final(group, scratch, state);
-        for_each_piece_block(group, [&](const Block& block, const Piece& piece) {
+        if (!read) start_final(unit, scratch);
+        for_each_block(unit, [&](std::size_t slot, const Block& block, const Piece& piece) {
             T* const weights = read ? stored_weights(block, piece) : scratch.weights;
-            if (!read) compute_final(group, block, piece, scratch, state, dropped, weights);
-            f(block, piece, weights);
+            if (!read) compute_final(unit, slot, block, piece, scratch, dropped, weights);
+            f(slot, block, piece, weights);
         });
     }
 
-    void start_final(const Group& group, Scratch& scratch, GroupState<T>& state) {
-        state.start();
-        for (std::size_t lane = 0; lane < group_size; ++lane)
-            if (is_alive(group.rows[lane])) state.reference[lane] = logsumexp_[static_cast<std::size_t>(group.rows[lane])];
-        pack_queries(group, scratch);
+    void start_final(const Unit& unit, Scratch& scratch) const {
+        for (std::size_t slot = 0; slot < unit.groups(); ++slot) {
+            GroupState<T>& own = state(scratch, slot);
+            own.start(out_of(scratch, slot), columns_);
+            const Group& group = group_of(unit, slot);
+            for (std::size_t lane = 0; lane < group_size; ++lane)
+                if (is_alive(group.rows[lane])) own.reference[lane] = logsumexp_[static_cast<std::size_t>(group.rows[lane])];
+        }
+        pack_queries(unit, scratch);
     }
-    void compute_final(const Group& group, const Block& block, const Piece& piece, Scratch& scratch, GroupState<T>& state, bool dropped, T* weights) {
-        score_block<false, T, A>(block, head_, group, scratch.queries, block_keys(block, piece, scratch), state, weights);
+    void compute_final(const Unit& unit, std::size_t slot, const Block& block, const Piece& piece, Scratch& scratch, bool dropped, T* weights) const {
+        const Group& group = group_of(unit, slot);
+        score_block<false, T, A>(block, head_, distances_, group, queries_of(scratch, slot), block_keys(block, piece, scratch), state(scratch, slot), weights);
         if (dropped && head_.dropout.drops_weights()) drop_weights(block, head_.dropout, group, weights);
     }
 
-    void keep_state(std::size_t g, const GroupState<T>& state) {
-        std::copy_n(state.reference, group_size, &lane_reference_[g * group_size]);
-        std::copy_n(state.sum, group_size, &lane_factor_[g * group_size]);
+    /// Every row is one lane of one group: nothing else adds to its sum.
+    bool rows_are_lanes() const { return !has_edges_ && !has_shared_rows(); }
+
+    void finish_unit(const Unit& unit, Scratch& scratch, bool wants_logsumexp) {
+        for (std::size_t slot = 0; slot < unit.groups(); ++slot) {
+            const GroupState<T>& own = state(scratch, slot);
+            const auto at = (unit.first + slot) * group_size;
+            std::copy_n(own.reference, group_size, &lane_reference_[at]);
+            std::copy_n(own.sum, group_size, &lane_factor_[at]);
+            if (!rows_are_lanes()) continue;
+            for_each_lane(group_of(unit, slot), [&](std::size_t lane, index_t row) {
+                const T sum = own.sum[lane];
+                const bool alive = !is_zero(sum) && row < head_.query_length;
+                alive_[static_cast<std::size_t>(row)] = alive;
+                lane_factor_[at + lane] = alive ? 1 / sum : T(0);
+                if (wants_logsumexp) logsumexp_[static_cast<std::size_t>(row)] = alive ? own.reference[lane] + std::log2(sum) : T(0);
+            });
+        }
     }
 
     /// Base-2 scores of all edges.
     void score_edges() {
         if (!has_edges_) return;
-        const index_t dim = padded(head_.q.cols, Tiles::lanes);
-        for_each_row([&](index_t i) {
-            const auto [first, last] = edge_range(i);
-            for (offset_t e = first; e < last; ++e) {
-                const index_t key = plan_.edges().keys[static_cast<std::size_t>(e)];
-                T score = dot<T, A>(q_.row(i), k_.row(key), dim) * static_cast<T>(head_.scale * log2_e);
-                if constexpr (!std::is_same_v<Bias, NoBias>) score += static_cast<T>(double((*head_.bias)(head_.batch, head_.head, i, key)) * log2_e);
-                edge_weights_[static_cast<std::size_t>(e)] = score;
-            }
+        const Parts<T> keys = take_parts<T>(head_.k.rows, dim_, workers_[0]);
+        split(k_, head_.k.rows, keys);
+        edge_dots(q_, static_cast<T>(head_.scale * log2_e), keys, edge_weights_, false);
+        if constexpr (!std::is_same_v<Bias, NoBias>)
+            for_each_row([&](index_t i) {
+                const auto [first, last] = edge_range(i);
+                for (offset_t e = first; e < last; ++e) edge_weights_[static_cast<std::size_t>(e)] += edge_bias(i, plan_.edges().keys[static_cast<std::size_t>(e)]);
+            });
+    }
+    T edge_bias(index_t i, index_t key) const {
+        if constexpr (DistanceTable<T, Bias>::exists)
+            if (distances_.covers(i, key)) return distances_.at(i, key);
+        return static_cast<T>(double((*head_.bias)(head_.batch, head_.head, i, key)) * log2_e);
+    }
+
+    void split(Rows<T> x, index_t rows, const Parts<T>& parts) {
+        constexpr index_t unit = 64;
+        parallel_for((rows + unit - 1) / unit, [&](offset_t u, int) {
+            const auto first = static_cast<index_t>(u) * unit;
+            for (index_t i = first; i < std::min(first + unit, rows); ++i) split_row(x.row(i), i, parts);
         });
     }
+
+    /// dots[edge] (+)= factor * a[query] . b[key].
+    void edge_dots(Rows<T> a, T factor, const Parts<T>& b, std::span<T> dots, bool add) {
+        const bool ahead = is_out_of_cache(b);
+        for_each_part<T, A>(b, [&](auto vectors, index_t p) {
+            for_each_row([&](index_t i) {
+                const auto [first, last] = edge_range(i);
+                gather_dots<vectors, T, A>(a.row(i) + p * Parts<T>::part_columns, factor, plan_.edges().keys.data() + first, last - first, b.part(p), known_edges(first, ahead),
+                                           dots.data() + first, add || p > 0);
+            });
+        });
+    }
+
     std::span<T> edges_of(std::span<T> all, index_t i) const {
         const auto [first, last] = edge_range(i);
         return all.subspan(static_cast<std::size_t>(first), static_cast<std::size_t>(last - first));
@@ -294,14 +414,34 @@ protected:
 
     // --- A x ---
 
-    void start(Rows<T> x) {
-        if (masked_) non_finite_.mark(x, head_.v.rows, head_.v.cols, workers_[0]);
+    void start(Rows<T> x, bool continued) {
         for (Scratch& scratch : scratch_) scratch.values.forget();
+        if (!has_edges_) return;
+        if (continued) std::swap(source_, next_source_);
+        else {
+            if (!source_.data) source_ = take_parts<T>(head_.v.rows, columns_, workers_[0]);
+            split(x, head_.v.rows, source_);
+        }
     }
 
-    void accumulate(const Block& block, const Piece& piece, const T* weights, Rows<T> x, Scratch& scratch, bool add) {
+    void accumulate(std::size_t slot, const Block& block, const Piece& piece, const T* weights, Rows<T> x, Scratch& scratch, bool careful) {
         const Rows<T> values = scratch.values.get(block.tile->keys, piece.list_slot, x);
-        weighted_sum_block<T, A>(block, weights, {values.row(block.first), values.stride}, non_finite_, columns_, scratch.out, add);
+        GroupState<T>& own = state(scratch, slot);
+        weighted_sum_block<T, A>(block, weights, {values.row(block.first), values.stride}, columns_, out_of(scratch, slot), own.has_out, careful);
+        own.has_out = true;
+    }
+
+    /// f(careful) sums up a unit. Where zero weights may have met values that are not finite (0 * NaN is NaN) it does so once more,
+    /// row by row.
+    template <class F>
+    void twice_if_masked(const Unit& unit, Scratch& scratch, F&& f) {
+        f(false);
+        bool finite = true;
+        for (std::size_t slot = 0; slot < unit.groups(); ++slot) {
+            if (!state(scratch, slot).has_out) std::fill_n(out_of(scratch, slot), offset_t{columns_} * group_size, T(0));
+            else if (masked_) finite &= !has_non_finite<T, A>(out_of(scratch, slot), offset_t{columns_} * group_size);
+        }
+        if (!finite) f(true);
     }
 
     static void scaled_row(const T* v, T factor, index_t columns, T* out) {
@@ -319,37 +459,53 @@ protected:
         });
     }
 
-    void store_group(std::size_t g, const T* sums, Rows<T> v, const Hop& hop, T* out, std::ptrdiff_t out_stride) {
+    void store_unit(const Unit& unit, Scratch& scratch, Rows<T> v, const Hop& hop, T* out, std::ptrdiff_t out_stride) {
         using V = Vec<T, A>;
         constexpr int width = Tiles::lanes;
         const T teleport = static_cast<T>(hop.teleport), walk = static_cast<T>(hop.walk);
-        for_each_lane(schedule_.groups()[g], [&](std::size_t lane, index_t row) {
-            T* to = out + row * out_stride;
-            const T* sum = sums + lane * static_cast<std::size_t>(columns_);
-            if (!is_alive(row)) {
-                if (!has_shared_rows()) std::fill_n(to, columns_, T(0));
-                return;
-            }
-            const V factor(relative_ ? walk * lane_factor_[g * group_size + lane] : walk);
-            const T* base = has_shared_rows() ? to : is_zero(teleport) ? nullptr : v.row(row);
-            const V base_factor(has_shared_rows() ? T(1) : teleport);
-            for (index_t c = 0; c < columns_; c += width) {
-                const V value = factor * V::load_unaligned(sum + c);
-                (base ? multiply_add(base_factor, V::load_unaligned(base + c), value) : value).store_unaligned(to + c);
-            }
-        });
+        for (std::size_t slot = 0; slot < unit.groups(); ++slot)
+            for_each_lane(group_of(unit, slot), [&](std::size_t lane, index_t row) {
+                T* to = out + row * out_stride;
+                const T* sum = out_of(scratch, slot) + lane * static_cast<std::size_t>(columns_);
+                if (!is_alive(row)) {
+                    if (!has_shared_rows()) std::fill_n(to, columns_, T(0));
+                    return;
+                }
+                const V factor(relative_ ? walk * lane_factor_[(unit.first + slot) * group_size + lane] : walk);
+                const T* base = has_shared_rows() ? to : is_zero(teleport) ? nullptr : v.row(row);
+                const V base_factor(has_shared_rows() ? T(1) : teleport);
+                for (index_t c = 0; c < columns_; c += width) {
+                    const V value = factor * V::load_unaligned(sum + c);
+                    (base ? multiply_add(base_factor, V::load_unaligned(base + c), value) : value).store_unaligned(to + c);
+                }
+            });
     }
 
-    void add_edges(Rows<T> x, const Hop& hop, T* out, std::ptrdiff_t out_stride) {
+    /// `more`: the next hop starts from this one's output, which is split on the way.
+    void add_edges(const Hop& hop, T* out, std::ptrdiff_t out_stride, bool more) {
         if (!has_edges_) return;
-        const Edges& edges = plan_.edges();
-        for_each_row([&](index_t i) {
-            if (!is_alive(i)) return;
-            const auto [first, last] = edge_range(i);
-            const index_t* keys = edges.keys.data() + first;
-            const T* weights = edge_weights_.data() + first;
-            gather_sum<T, A>(last - first, [=](offset_t e) { return keys[e]; }, [=](offset_t e) { return weights[e]; }, x, static_cast<T>(hop.walk), columns_,
-                             out + i * out_stride);
+        if (more && !next_source_.data) next_source_ = take_parts<T>(head_.v.rows, columns_, workers_[0]);
+        sum_edges(source_, static_cast<T>(hop.walk), out, out_stride, more ? &next_source_ : nullptr);
+    }
+    void sum_edges(const Parts<T>& x, T factor, T* out, std::ptrdiff_t out_stride, const Parts<T>* copy) {
+        using V = Vec<T, A>;
+        constexpr int width = Tiles::lanes;
+        const bool ahead = is_out_of_cache(x);
+        for_each_part<T, A>(x, [&](auto vectors, index_t p) {
+            constexpr int N = vectors;
+            for_each_row([&](index_t i) {
+                T* const to = out + i * out_stride + p * Parts<T>::part_columns;
+                V sum[N];
+                unroll<N>([&](auto v) POLYATTN_INLINE_LAMBDA { sum[v] = V(T(0)); });
+                const auto [first, last] = edge_range(i);
+                const bool adds = last > first && is_alive(i);
+                if (adds) gather_sum<N, T, A>(sum, plan_.edges().keys.data() + first, edge_weights_.data() + first, last - first, x.part(p), known_edges(first, ahead));
+                unroll<N>([&](auto v) POLYATTN_INLINE_LAMBDA {
+                    const V total = multiply_add(V(factor), sum[v], V::load_unaligned(to + v * width));
+                    if (adds) total.store_unaligned(to + v * width);
+                    if (copy) (adds ? total : V::load_unaligned(to + v * width)).store_aligned(copy->part(p) + offset_t{i} * (N * width) + v * width);
+                });
+            });
         });
     }
 
@@ -357,18 +513,19 @@ protected:
     const Plan& plan_;
     const Schedule& schedule_;
     const Workers& workers_;
-    index_t columns_;
+    index_t dim_, columns_;  // of keys and values, padded to whole vectors
     bool has_edges_, masked_;
     bool stored_ = false;    // weights lie in store_
     bool relative_ = false;  // .. and want lane_factor_
     Rows<T> q_, k_;
+    DistanceTable<T, Bias> distances_;
     std::span<T> logsumexp_;  // base 2
     std::span<std::uint8_t> alive_;
-    std::span<T> lane_reference_, lane_factor_;  // lane_factor_ holds the sum until finish_row
+    std::span<T> lane_reference_, lane_factor_;  // lane_factor_ holds the sum until a row is finished
     std::span<T> edge_weights_, plain_edge_weights_;
+    Parts<T> source_, next_source_;  // what edges gather values from, now and in the next hop
     std::span<T> store_;
     std::span<Scratch> scratch_;
-    NonFiniteRows non_finite_;
 };
 
 }  // namespace detail::simd

@@ -3,6 +3,8 @@
 
 #include <polyattn/backend/simd/sparse_softmax.hpp>
 
+#include <optional>
+
 POLYATTN_BEGIN_NAMESPACE
 
 namespace detail::simd {
@@ -13,13 +15,62 @@ struct WeightGradientTerm {
     Rows<T> g, z;
 };
 
+/// Sums over all queries for each key, [keys][columns]: one partial result for each chunk of the schedule, added up in order at the end.
+/// The chunks are the plan's, so every number of threads adds in the same order, without atomics.
+template <class T>
+class KeySums {
+public:
+    KeySums(const Schedule& schedule, index_t keys, index_t columns, T* out, std::ptrdiff_t out_stride, const Workers& workers)
+        : keys_(keys), columns_(columns), chunks_(schedule.chunks()), out_(out), out_stride_(out_stride) {
+        if (chunks_ > 1) parts_ = workers[0].template take<T>(offset_t{keys} * columns * chunks_);
+        scattered_ = workers[0].template take<ScatteredRows<T>>(workers.count());
+        for (int w = 0; w < workers.count(); ++w) (scattered_[static_cast<std::size_t>(w)] = {}).prepare(schedule.list_capacity(), columns, workers[w]);
+    }
+
+    void start(offset_t chunk) {
+        for (index_t j = 0; j < keys_; ++j) std::fill_n(data(chunk) + j * stride(), columns_, T(0));
+    }
+    /// Where sums for the positions of a key sequence are added to, and their stride.
+    std::pair<T*, std::ptrdiff_t> rows(offset_t chunk, int worker, const IndexSequence& keys, int slot) {
+        std::ptrdiff_t to_stride;
+        T* const to = scattered_[static_cast<std::size_t>(worker)].get(keys, slot, data(chunk), stride(), to_stride);
+        return {to, to_stride};
+    }
+    void finish(offset_t chunk, int worker) { scattered_[static_cast<std::size_t>(worker)].flush(data(chunk), stride()); }
+    /// Adds up the chunks of key j.
+    void join(index_t j) {
+        if (chunks_ == 1) return;
+        T* const to = out_ + j * out_stride_;
+        const T* const from = parts_.data() + offset_t{j} * columns_;
+        const offset_t size = offset_t{keys_} * columns_;
+        for (index_t c = 0; c < columns_; ++c) {
+            T sum = from[c];
+            for (int part = 1; part < chunks_; ++part) sum += from[part * size + c];
+            to[c] = sum;
+        }
+    }
+
+private:
+    T* data(offset_t chunk) { return chunks_ > 1 ? parts_.data() + chunk * keys_ * columns_ : out_; }
+    std::ptrdiff_t stride() const { return chunks_ > 1 ? columns_ : out_stride_; }
+
+    index_t keys_, columns_;
+    int chunks_;
+    T* out_;
+    std::ptrdiff_t out_stride_;
+    std::span<T> parts_;
+    std::span<ScatteredRows<T>> scattered_;
+};
+
 template <class T, class A, class Bias>
 class SparseSoftmaxGradient : public SparseSoftmax<T, A, Bias> {
     using Base = SparseSoftmax<T, A, Bias>;
     using typename Base::Scratch;
     using Base::alive_;
     using Base::columns_;
+    using Base::dim_;
     using Base::edge_weights_;
+    using Base::group_of;
     using Base::has_edges_;
     using Base::head_;
     using Base::masked_;
@@ -27,16 +78,16 @@ class SparseSoftmaxGradient : public SparseSoftmax<T, A, Bias> {
     using Base::plan_;
     using Base::schedule_;
     using Base::scratch_;
+    using Base::state;
     using Base::stored_;
     using Base::workers_;
 
 public:
     using Tiles = typename Base::Tiles;
 
-    /// Weights from the logsumexp that the forward pass saved.
-    SparseSoftmaxGradient(const Head<T, Bias>& head, const T* logsumexp, const Workers& workers) : Base(head, workers) {
-        this->choose_storage();
-        this->relative_ = false;
+    /// Weights from the logsumexp that the forward pass saved. `keep`: A^T is applied several times, so weights are stored.
+    SparseSoftmaxGradient(const Head<T, Bias>& head, const T* logsumexp, bool keep, const Workers& workers) : Base(head, workers) {
+        if (keep) this->choose_storage();
         for (index_t i = 0; i < head.q.rows; ++i) {
             alive_[static_cast<std::size_t>(i)] = i < head.query_length && !is_empty_row(logsumexp[i]);
             this->logsumexp_[static_cast<std::size_t>(i)] = this->is_alive(i) ? static_cast<T>(double(logsumexp[i]) * log2_e) : T(0);
@@ -46,148 +97,187 @@ public:
             exp2_in_place<T, A>(this->edges_of(edge_weights_, i), this->logsumexp_[static_cast<std::size_t>(i)]);
             this->finish_edges(i, T(1));
         });
+        if (has_edges_) {
+            // In the order of the keys once, for all hops.
+            const TransposedEdges& edges = plan_.template lowered<TransposedEdges>();
+            transposed_weights_ = workers[0].template take<T>(plan_.edges().count());
+            sums_source_ = take_parts<T>(head.q.rows, std::max(columns_, dim_), workers[0]);
+            transpose_edges(edges, edge_weights_);
+        }
         if (stored_)
-            this->for_each_group([&](std::size_t g, Scratch& scratch) {
-                const Group& group = schedule_.groups()[g];
-                GroupState<T> state;
-                this->start_final(group, scratch, state);
-                this->for_each_piece_block(group, [&](const Block& block, const Piece& piece) {
-                    this->compute_final(group, block, piece, scratch, state, true, this->stored_weights(block, piece));
+            this->for_each_unit([&](const Unit& unit, Scratch& scratch) {
+                this->start_final(unit, scratch);
+                this->for_each_block(unit, [&](std::size_t slot, const Block& block, const Piece& piece) {
+                    this->compute_final(unit, slot, block, piece, scratch, true, this->stored_weights(block, piece));
                 });
             });
+        block_keys_ = std::max<offset_t>(offset_t{Schedule::most_narrow_groups} * Tiles::key_block, offset_t{Schedule::most_groups} * Tiles::shared_key_block);
+        for (int w = 0; w < workers.count(); ++w) scratch_[static_cast<std::size_t>(w)].block_references = nullptr;
     }
+
+    /// The dense part of A^T needs the weights only, so it can share its pass with the gradient of the weights.
+    bool shares_passes() const { return !stored_ && !head_.dropout.drops_weights(); }
 
     /// out = A^T x over all keys; rows of x without keys must be 0.
     void apply_transposed(Rows<T> x, T* out, std::ptrdiff_t out_stride) {
-        if (masked_) this->non_finite_.mark(x, head_.q.rows, columns_, workers_[0]);
-        sum_chunks(columns_, out, out_stride, [&](std::span<const Group> groups, Scratch& scratch, T* part, std::ptrdiff_t stride, ScatteredRows<T>& scattered, int) {
-            for (const Group& group : groups) {
-                pack_lanes(group, x, T(1), columns_, scratch.out, this->non_finite_);
-                this->final_weights(group, scratch, true, [&](const Block& block, const Piece& piece, const T* weights) {
-                    std::ptrdiff_t to_stride;
-                    T* to = scattered.get(block.tile->keys, piece.list_slot, part, stride, to_stride) + block.first * to_stride;
-                    transposed_sum<T, A>(weights, block.keys, scratch.out, columns_, columns_, to, to_stride);
-                    add_non_finite_lanes(group, block, weights, x, T(1), columns_, this->non_finite_, to, to_stride);
+        const Workers memory = workers_.nested();
+        if (masked_) bad_x_.template mark<A>(x, head_.q.rows, columns_, memory[0]);
+        KeySums<T> sums(schedule_, plan_.keys(), columns_, out, out_stride, memory);
+        const auto buffers = take_buffers(memory, !stored_, false);
+        for_each_chunk([&](offset_t chunk, int worker) {
+            Scratch& scratch = scratch_[static_cast<std::size_t>(worker)];
+            const Buffers& own = buffers[static_cast<std::size_t>(worker)];
+            sums.start(chunk);
+            for (const Unit& unit : schedule_.chunk(static_cast<int>(chunk))) {
+                for (std::size_t slot = 0; slot < unit.groups(); ++slot) pack_lanes(group_of(unit, slot), x, T(1), columns_, this->out_of(scratch, slot), bad_x_);
+                if (!stored_) this->start_final(unit, scratch);
+                for_each_shared_block(unit, own, [&](std::span<const UnitBlock> blocks, Bounds range) {
+                    for (const UnitBlock& block : blocks)
+                        if (!stored_) this->compute_final(unit, block.slot, block.block, *block.piece, scratch, true, block.weights);
+                    add_transposed(unit, blocks, range, &UnitBlock::weights, x, T(1), columns_, scratch.out, bad_x_, sums, chunk, worker);
                 });
             }
+            sums.finish(chunk, worker);
         });
-        add_transposed_edges(edge_weights_, x, T(1), columns_, out, out_stride);
+        for_each_key([&](index_t j) { sums.join(j); });
+        bad_x_ = {};
+        add_transposed_edges(x, T(1), columns_, out, out_stride);
     }
 
-    /// From dL/dA (as terms) and row_means[i] = sum_j A_ij dL/dA_ij to the gradients of q, k and the bias, which are added.
-    void weights_gradient(std::span<const WeightGradientTerm<T>> terms, std::span<const T> row_means, const HeadGradient<T>& gradient) {
+    /// From dL/dA (as terms) and row_means[i] = sum_j A_ij dL/dA_ij to the gradients of q, k and the bias, which are added. With
+    /// `d_v` also A^T terms[0].g, in the same pass.
+    void weights_gradient(std::span<const WeightGradientTerm<T>> terms, std::span<const T> row_means, const HeadGradient<T>& gradient, T* d_v) {
         Arena& arena = workers_[0];
         const Rows<T> q = readable_rows(head_.q, true, Tiles::lanes, arena), k = readable_rows(head_.k, true, Tiles::lanes, arena);
-        const index_t dim = padded(head_.q.cols, Tiles::lanes), value_dim = head_.v.cols;
+        const index_t value_dim = head_.v.cols;
         const T scale = static_cast<T>(head_.scale);
-        NonFiniteRows bad_keys, bad_queries, bad_terms;
-        bool clear_masked = false;  // 0 x NaN would leave a NaN where a row sees nothing
+        NonFiniteRows bad_queries, bad_terms;
+        bool careful = false, clear_masked = false;  // 0 x NaN would leave a NaN where a row sees nothing
         if (masked_) {
-            bad_keys.mark(k, head_.k.rows, head_.k.cols, arena);
-            bad_queries.mark(q, head_.q.rows, head_.q.cols, arena);
-            clear_masked = bad_keys.any() || bad_queries.any();
+            bad_queries.mark<A>(k, head_.k.rows, dim_, arena);
+            careful = bad_queries.any();
+            bad_queries.mark<A>(q, head_.q.rows, dim_, arena);
+            clear_masked = careful || bad_queries.any();
             for (const T mean : row_means) clear_masked |= !is_finite(mean);
             for (const auto& term : terms) {
-                bad_terms.mark(term.z, head_.v.rows, value_dim, arena);
+                bad_terms.mark<A>(term.z, head_.v.rows, columns_, arena);
                 clear_masked |= bad_terms.any();
-                bad_terms.mark(term.g, head_.q.rows, value_dim, arena);
+                bad_terms.mark<A>(term.g, head_.q.rows, columns_, arena);
                 clear_masked |= bad_terms.any();
             }
+            if (d_v) bad_x_.template mark<A>(terms[0].g, head_.q.rows, columns_, arena);
         }
-
-        struct Buffers {
-            T *g, *d_scores, *queries, *d_query;
-            std::span<GatheredRows<T>> z;
-            GatheredRows<T> k;
-        };
-        const auto buffers = arena.take<Buffers>(workers_.count());
+        const auto buffers = take_buffers(workers_, !stored_ || head_.dropout.drops_weights(), true);
         for (int w = 0; w < workers_.count(); ++w) {
-            Buffers& own = buffers[static_cast<std::size_t>(w)] = Buffers{};
+            Buffers& own = buffers[static_cast<std::size_t>(w)];
             Arena& from = workers_[w];
-            own.g = from.take<T>(static_cast<offset_t>(terms.size()) * value_dim * group_size).data();
-            own.d_scores = from.take<T>(offset_t{Tiles::key_block} * group_size).data();
-            own.queries = from.take<T>(offset_t{dim} * group_size).data();
-            own.d_query = from.take<T>(offset_t{dim} * group_size).data();
+            own.g = from.take<T>(static_cast<offset_t>(terms.size() * Schedule::most_groups) * value_dim * group_size).data();
+            own.queries = from.take<T>(static_cast<offset_t>(Schedule::most_groups) * dim_ * group_size).data();
+            own.d_query = from.take<T>(static_cast<offset_t>(Schedule::most_groups) * dim_ * group_size).data();
+            own.means = from.take<T>(static_cast<offset_t>(Schedule::most_groups) * group_size).data();
             own.z = from.take<GatheredRows<T>>(static_cast<offset_t>(terms.size()));
             for (auto& rows : own.z) (rows = {}).prepare(schedule_.list_capacity(), value_dim, from);
-            own.k.prepare(schedule_.list_capacity(), dim, from);
+            own.k.prepare(schedule_.list_capacity(), dim_, from);
         }
         const std::size_t bias_size = gradient.bias_gradient.size();
         const auto bias_parts = arena.take<double>(static_cast<offset_t>(bias_size) * schedule_.chunks());
         std::fill(bias_parts.begin(), bias_parts.end(), 0.);
 
-        const offset_t d_k_size = offset_t{head_.k.rows} * dim;
-        T* const d_k = arena.take<T>(d_k_size).data();
-        sum_chunks(dim, d_k, dim, [&](std::span<const Group> groups, Scratch& scratch, T* part, std::ptrdiff_t stride, ScatteredRows<T>& scattered, int chunk) {
-            Buffers& own = buffers[static_cast<std::size_t>(&scratch - scratch_.data())];
+        T* const d_k = arena.take<T>(offset_t{head_.k.rows} * dim_).data();
+        KeySums<T> k_sums(schedule_, plan_.keys(), dim_, d_k, dim_, workers_);
+        std::optional<KeySums<T>> v_sums;
+        if (d_v) v_sums.emplace(schedule_, plan_.keys(), columns_, d_v, columns_, workers_);
+        for_each_chunk([&](offset_t chunk, int worker) {
+            Scratch& scratch = scratch_[static_cast<std::size_t>(worker)];
+            Buffers& own = buffers[static_cast<std::size_t>(worker)];
             const std::span<double> bias_part = bias_parts.subspan(static_cast<std::size_t>(chunk) * bias_size, bias_size);
-            for (const Group& group : groups) {
-                alignas(64) T means[group_size];
-                for (std::size_t lane = 0; lane < group_size; ++lane) means[lane] = row_means[static_cast<std::size_t>(group.rows[lane])];
-                for (std::size_t t = 0; t < terms.size(); ++t)
-                    pack_rows(group.rows, terms[t].g, value_dim, T(1), own.g + static_cast<offset_t>(t) * value_dim * group_size);
-                pack_lanes(group, q, scale, dim, own.queries, bad_queries);
-                bool started = false;
-                this->final_weights(group, scratch, false, [&](const Block& block, const Piece& piece, T* weights) {
-                    score_gradients(block, piece, group, weights, own.g, means, terms, own.z, own.d_scores);
-                    if (clear_masked && block.masked) clear_unseen(block, own.d_scores);
-                    if constexpr (LearnedBias<Bias>) accumulate_bias(block, group, own.d_scores, bias_part);
-                    const Rows<T> keys = own.k.get(block.tile->keys, piece.list_slot, k);
-                    weighted_sum_block<T, A>(block, own.d_scores, {keys.row(block.first), keys.stride}, bad_keys, dim, own.d_query, started);
-                    started = true;
-                    std::ptrdiff_t to_stride;
-                    T* to = scattered.get(block.tile->keys, piece.list_slot, part, stride, to_stride) + block.first * to_stride;
-                    transposed_sum<T, A>(own.d_scores, block.keys, own.queries, dim, dim, to, to_stride);
-                    add_non_finite_lanes(group, block, own.d_scores, q, scale, dim, bad_queries, to, to_stride);
+            k_sums.start(chunk);
+            if (v_sums) v_sums->start(chunk);
+            for (const Unit& unit : schedule_.chunk(static_cast<int>(chunk))) {
+                const bool read = stored_ && !head_.dropout.drops_weights();
+                if (!read) this->start_final(unit, scratch);
+                const std::size_t query_size = static_cast<std::size_t>(dim_) * group_size, term_size = static_cast<std::size_t>(value_dim) * group_size;
+                bool started[Schedule::most_groups] = {};
+                for (std::size_t slot = 0; slot < unit.groups(); ++slot) {
+                    const Group& group = group_of(unit, slot);
+                    for (std::size_t lane = 0; lane < group_size; ++lane) own.means[slot * group_size + lane] = row_means[static_cast<std::size_t>(group.rows[lane])];
+                    for (std::size_t t = 0; t < terms.size(); ++t) pack_rows<T, A>(group.rows, terms[t].g, value_dim, T(1), own.g + (slot * terms.size() + t) * term_size);
+                    pack_lanes(group, q, scale, dim_, own.queries + slot * query_size, bad_queries);
+                    if (d_v) pack_lanes(group, terms[0].g, T(1), columns_, this->out_of(scratch, slot), bad_x_);
+                }
+                for_each_shared_block(unit, own, [&](std::span<const UnitBlock> blocks, Bounds range) {
+                    for (const UnitBlock& at : blocks) {
+                        const Group& group = group_of(unit, at.slot);
+                        if (!read) this->compute_final(unit, at.slot, at.block, *at.piece, scratch, false, at.weights);
+                        score_gradients(at.block, *at.piece, group, at.weights, own.g + at.slot * terms.size() * term_size, own.means + at.slot * group_size, terms, own.z, at.d_scores);
+                        if (clear_masked && at.block.masked) clear_unseen(at.block, at.d_scores);
+                        if constexpr (LearnedBias<Bias>) accumulate_bias(at.block, group, at.d_scores, bias_part);
+                    }
+                    if (v_sums) add_transposed(unit, blocks, range, &UnitBlock::weights, terms[0].g, T(1), columns_, scratch.out, bad_x_, *v_sums, chunk, worker);
+                    add_transposed(unit, blocks, range, &UnitBlock::d_scores, q, scale, dim_, own.queries, bad_queries, k_sums, chunk, worker);
+                    for (const UnitBlock& at : blocks) {
+                        const Rows<T> keys = own.k.get(at.block.tile->keys, at.piece->list_slot, k);
+                        weighted_sum_block<T, A>(at.block, at.d_scores, {keys.row(at.block.first), keys.stride}, dim_, own.d_query + at.slot * query_size, started[at.slot], careful);
+                        started[at.slot] = true;
+                    }
                 });
-                if (started)
-                    Base::for_each_lane(group, [&](std::size_t lane, index_t row) {
-                        if (!this->is_alive(row)) return;
-                        const T* from = own.d_query + lane * static_cast<std::size_t>(dim);
-                        for (index_t c = 0; c < head_.q.cols; ++c) gradient.d_q(row, c) += scale * from[c];
-                    });
+                for (std::size_t slot = 0; slot < unit.groups(); ++slot)
+                    if (started[slot])
+                        Base::for_each_lane(group_of(unit, slot), [&](std::size_t lane, index_t row) {
+                            if (!this->is_alive(row)) return;
+                            const T* from = own.d_query + slot * query_size + lane * static_cast<std::size_t>(dim_);
+                            for (index_t c = 0; c < head_.q.cols; ++c) gradient.d_q(row, c) += scale * from[c];
+                        });
             }
+            k_sums.finish(chunk, worker);
+            if (v_sums) v_sums->finish(chunk, worker);
         });
-        edge_gradients(terms, row_means, q, k, dim, scale, gradient, d_k);
+        for_each_key([&](index_t j) {
+            k_sums.join(j);
+            if (v_sums) v_sums->join(j);
+        });
+        bad_x_ = {};
+        if (d_v) add_transposed_edges(terms[0].g, T(1), columns_, d_v, columns_);
+        edge_gradients(terms, row_means, q, k, scale, gradient, d_k);
         for (std::size_t part = 0; part < static_cast<std::size_t>(schedule_.chunks()); ++part)
             for (std::size_t b = 0; b < bias_size; ++b) gradient.bias_gradient[b] += bias_parts[part * bias_size + b];
         for (index_t j = 0; j < head_.k.rows; ++j)
-            for (index_t c = 0; c < head_.k.cols; ++c) gradient.d_k(j, c) += d_k[offset_t{j} * dim + c];
+            for (index_t c = 0; c < head_.k.cols; ++c) gradient.d_k(j, c) += d_k[offset_t{j} * dim_ + c];
     }
 
 private:
-    /// Fills out with the sum of what f(groups, scratch, part, stride, scattered, chunk) adds for each chunk of groups. The
-    /// chunks are the plan's, whatever the number of threads, and are summed in order.
-    template <class F>
-    void sum_chunks(index_t columns, T* out, std::ptrdiff_t out_stride, F&& f) {
-        const int chunks = schedule_.chunks();
-        const offset_t size = offset_t{plan_.keys()} * columns;
-        const Workers scratch_memory = workers_.nested();
-        const auto parts = chunks > 1 ? scratch_memory[0].template take<T>(size * chunks) : std::span<T>();
-        const auto scattered = scratch_memory[0].template take<ScatteredRows<T>>(workers_.count());
-        for (int w = 0; w < workers_.count(); ++w)
-            (scattered[static_cast<std::size_t>(w)] = {}).prepare(schedule_.list_capacity(), columns, scratch_memory[w]);
-        for (Scratch& scratch : scratch_) scratch.values.forget();
-        parallel_for(chunks, [&](offset_t chunk, int worker) {
-            T* const part = chunks > 1 ? parts.data() + chunk * size : out;
-            const std::ptrdiff_t stride = chunks > 1 ? columns : out_stride;
-            for (index_t j = 0; j < plan_.keys(); ++j) std::fill_n(part + j * stride, columns, T(0));
-            ScatteredRows<T>& own = scattered[static_cast<std::size_t>(worker)];
-            f(schedule_.chunk(static_cast<int>(chunk)), scratch_[static_cast<std::size_t>(worker)], part, stride, own, static_cast<int>(chunk));
-            own.flush(part, stride);
-        });
-        if (chunks == 1) return;
-        for_each_key([&](index_t j) {
-            T* to = out + j * out_stride;
-            const T* from = parts.data() + offset_t{j} * columns;
-            for (index_t c = 0; c < columns; ++c) {
-                T sum = from[c];
-                for (int part = 1; part < chunks; ++part) sum += from[part * size + c];
-                to[c] = sum;
-            }
-        });
+    struct Buffers {
+        T *weights, *d_scores;                // of a block of all groups
+        T *g, *queries, *d_query, *means;     // of all groups
+        std::span<GatheredRows<T>> z;
+        GatheredRows<T> k;
+    };
+    /// A block of one group of a unit.
+    struct UnitBlock {
+        std::size_t slot;
+        Block block;
+        const Piece* piece;
+        T *weights, *d_scores;
+    };
+
+    std::span<Buffers> take_buffers(const Workers& workers, bool weights, bool d_scores) {
+        const auto buffers = workers[0].template take<Buffers>(workers.count());
+        for (int w = 0; w < workers.count(); ++w) {
+            Buffers& own = buffers[static_cast<std::size_t>(w)] = Buffers{};
+            if (weights) own.weights = workers[w].template take<T>(block_keys_ * group_size).data();
+            if (d_scores) own.d_scores = workers[w].template take<T>(block_keys_ * group_size).data();
+        }
+        return buffers;
     }
 
+    template <class F>
+    void for_each_chunk(F&& f) {
+        for (Scratch& scratch : scratch_) {
+            scratch.keys.forget();
+            scratch.values.forget();
+        }
+        parallel_for(schedule_.chunks(), [&](offset_t chunk, int worker) { f(chunk, worker); });
+    }
     template <class F>
     void for_each_key(F&& f) {
         constexpr index_t unit = 64;
@@ -195,6 +285,44 @@ private:
             const auto first = static_cast<index_t>(u) * unit;
             for (index_t j = first; j < std::min(first + unit, plan_.keys()); ++j) f(j);
         });
+    }
+
+    /// f(blocks of the unit's groups, their range of key positions): a row of keys is visited once for all of a unit's queries.
+    template <class F>
+    void for_each_shared_block(const Unit& unit, const Buffers& buffers, F&& f) const {
+        UnitBlock blocks[Schedule::most_groups];
+        for (std::size_t p = 0; p < this->pieces_of(unit); ++p)
+            Base::for_each_range(this->span_of(unit, p), unit.wide ? Tiles::shared_key_block : Tiles::key_block, [&](Bounds range) {
+                std::size_t count = 0;
+                for (std::size_t slot = 0; slot < unit.groups(); ++slot) {
+                    UnitBlock& at = blocks[count];
+                    at = {slot, this->block_of(unit, slot, p, range), &schedule_.pieces(group_of(unit, slot))[p], nullptr, nullptr};
+                    if (at.block.keys == 0) continue;
+                    const auto size = static_cast<std::size_t>(count) * static_cast<std::size_t>(range.size()) * group_size;
+                    at.weights = buffers.weights ? buffers.weights + size : this->stored_weights(at.block, *at.piece);
+                    at.d_scores = buffers.d_scores ? buffers.d_scores + size : nullptr;
+                    ++count;
+                }
+                if (count > 0) f(std::span<const UnitBlock>(blocks, count), range);
+            });
+    }
+
+    /// sums += weights^T x for the blocks of a unit; `packed` are the groups' rows of factor * x.
+    void add_transposed(const Unit& unit, std::span<const UnitBlock> blocks, Bounds range, T* UnitBlock::*weights, Rows<T> x, T factor, index_t columns, const T* packed,
+                        const NonFiniteRows& non_finite, KeySums<T>& sums, offset_t chunk, int worker) const {
+        const auto [first_row, stride] = sums.rows(chunk, worker, blocks[0].block.tile->keys, blocks[0].piece->list_slot);
+        T* const to = first_row + range.begin * stride;
+        WeightPlane<T> planes[Schedule::most_groups];
+        Bounds keys{range.size(), 0};
+        for (std::size_t b = 0; b < blocks.size(); ++b) {
+            const UnitBlock& at = blocks[b];
+            const index_t first = at.block.first - range.begin;
+            planes[b] = {at.*weights, packed + at.slot * static_cast<std::size_t>(columns) * group_size, {first, first + at.block.keys}, at.block.mask()};
+            keys = {std::min(keys.begin, first), std::max(keys.end, first + at.block.keys)};
+        }
+        transposed_sum<T, A>(std::span<const WeightPlane<T>>(planes, blocks.size()), keys, columns, columns, to, stride);
+        for (const UnitBlock& at : blocks)
+            add_non_finite_lanes(group_of(unit, at.slot), at.block, at.*weights, x, factor, columns, non_finite, to + (at.block.first - range.begin) * stride, stride);
     }
 
     /// 16 rows of x times `factor`, [16][columns]; idle lanes, dead rows and rows that are not finite are 0.
@@ -220,23 +348,41 @@ private:
         });
     }
 
-    void add_transposed_edges(std::span<const T> weights, Rows<T> x, T factor, index_t columns, T* out, std::ptrdiff_t out_stride) {
+    void transpose_edges(const TransposedEdges& edges, std::span<const T> weights) {
+        for_each_key([&](index_t j) {
+            for (offset_t e = edges.offsets[static_cast<std::size_t>(j)]; e < edges.offsets[static_cast<std::size_t>(j) + 1]; ++e)
+                transposed_weights_[static_cast<std::size_t>(e)] = weights[static_cast<std::size_t>(edges.forward[static_cast<std::size_t>(e)])];
+        });
+    }
+
+    /// out += factor * (weights of the edges)^T x, with transposed_weights_.
+    void add_transposed_edges(Rows<T> x, T factor, index_t columns, T* out, std::ptrdiff_t out_stride) {
+        using V = Vec<T, A>;
+        constexpr int width = Tiles::lanes;
         if (!has_edges_) return;
         const TransposedEdges& edges = plan_.template lowered<TransposedEdges>();
-        for_each_key([&](index_t j) {
-            if (j >= head_.key_length) return;
-            // Rows of padding and rows without keys have no weight and must not be read.
-            offset_t first = edges.offsets[static_cast<std::size_t>(j)], last = edges.offsets[static_cast<std::size_t>(j) + 1];
-            const index_t* rows = edges.queries.data();
-            last = std::lower_bound(rows + first, rows + last, head_.query_length) - rows;
-            const offset_t* forward = edges.forward.data() + first;
-            gather_sum<T, A>(last - first, [=](offset_t e) { return rows[first + e]; }, [=](offset_t e) { return weights[static_cast<std::size_t>(forward[e])]; }, x,
-                             factor, columns, out + j * out_stride);
+        const Parts<T> parts{sums_source_.data, head_.q.rows, columns};
+        this->split(x, head_.q.rows, parts);
+        const bool ahead = is_out_of_cache(parts);
+        for_each_part<T, A>(parts, [&](auto vectors, index_t p) {
+            constexpr int N = vectors;
+            for_each_key([&](index_t j) {
+                if (j >= head_.key_length) return;
+                // Rows of padding and rows without keys have no weight and must not be read.
+                offset_t first = edges.offsets[static_cast<std::size_t>(j)], last = edges.offsets[static_cast<std::size_t>(j) + 1];
+                const index_t* rows = edges.queries.data();
+                if (head_.query_length < head_.q.rows) last = std::lower_bound(rows + first, rows + last, head_.query_length) - rows;
+                V sum[N];
+                unroll<N>([&](auto v) POLYATTN_INLINE_LAMBDA { sum[v] = V(T(0)); });
+                gather_sum<N, T, A>(sum, rows + first, transposed_weights_.data() + first, last - first, parts.part(p), this->known_edges(first, ahead));
+                T* const to = out + j * out_stride + p * Parts<T>::part_columns;
+                unroll<N>([&](auto v) POLYATTN_INLINE_LAMBDA { multiply_add(V(factor), sum[v], V::load_unaligned(to + v * width)).store_unaligned(to + v * width); });
+            });
         });
     }
 
     /// dL/dscore of a block: weight * (mask * dL/dA - row mean).
-    void score_gradients(const Block& block, const Piece& piece, const Group& group, T* weights, const T* g, const T* means,
+    void score_gradients(const Block& block, const Piece& piece, const Group& group, const T* weights, const T* g, const T* means,
                          std::span<const WeightGradientTerm<T>> terms, std::span<GatheredRows<T>> gathered, T* d_scores) {
         using V = Vec<T, A>;
         constexpr int vectors = Tiles::group_vectors, lanes = Tiles::lanes;
@@ -249,7 +395,7 @@ private:
             });
             for (std::size_t t = 0; t < terms.size(); ++t) {
                 const Rows<T> z = gathered[t].get(block.tile->keys, piece.list_slot, terms[t].z);
-                score_tile<M, T, A>(sum, z.row(block.first + p), z.stride, g + static_cast<offset_t>(t) * head_.v.cols * group_size, head_.v.cols);
+                score_tile<M, T, A>(sum, z.row(block.first + p), z.stride, g + t * static_cast<std::size_t>(head_.v.cols) * group_size, head_.v.cols);
             }
             unroll<M>([&](auto i) POLYATTN_INLINE_LAMBDA {
                 unroll<vectors>([&](auto v) POLYATTN_INLINE_LAMBDA {
@@ -259,9 +405,7 @@ private:
                 });
             });
         };
-        index_t p = 0;
-        for (; p + Tiles::score_keys <= block.keys; p += Tiles::score_keys) tile(std::integral_constant<int, Tiles::score_keys>{}, p);
-        for (; p < block.keys; ++p) tile(std::integral_constant<int, 1>{}, p);
+        for_each_key_tile<Tiles::score_keys>(block.keys, tile);
         if (!drops) return;
         drop_weights(block, head_.dropout, group, d_scores);
         for (index_t at = 0; at < block.keys * group_size; ++at) d_scores[at] = weights[at] * (d_scores[at] - means[at % group_size]);
@@ -281,31 +425,40 @@ private:
             });
     }
 
-    void edge_gradients(std::span<const WeightGradientTerm<T>> terms, std::span<const T> row_means, Rows<T> q, Rows<T> k, index_t dim, T scale,
-                        const HeadGradient<T>& gradient, T* d_k) {
+    void edge_gradients(std::span<const WeightGradientTerm<T>> terms, std::span<const T> row_means, Rows<T> q, Rows<T> k, T scale, const HeadGradient<T>& gradient, T* d_k) {
         if (!has_edges_) return;
         const Edges& edges = plan_.edges();
-        const auto d_scores = workers_[0].template take<T>(edges.count());
-        std::fill(d_scores.begin(), d_scores.end(), T(0));
-        const auto d_query = workers_[0].template take<T>(offset_t{head_.q.rows} * dim);
-        std::fill(d_query.begin(), d_query.end(), T(0));
+        Arena& arena = workers_[0];
+        const auto d_scores = arena.template take<T>(edges.count());
+        const Parts<T> parts = take_parts<T>(std::max(head_.v.rows, head_.k.rows), std::max(columns_, dim_), arena);
+        const Parts<T> z{parts.data, head_.v.rows, columns_}, keys{parts.data, head_.k.rows, dim_};
+        for (std::size_t t = 0; t < terms.size(); ++t) {
+            this->split(terms[t].z, z.rows, z);
+            this->edge_dots(terms[t].g, T(1), z, d_scores, t > 0);
+        }
         this->for_each_row([&](index_t i) {
-            if (!this->is_alive(i)) return;
             const auto [first, last] = this->edge_range(i);
-            for (offset_t e = first; e < last; ++e) {
-                const index_t key = edges.keys[static_cast<std::size_t>(e)];
-                T d_weight = 0;
-                for (const auto& term : terms) d_weight += dot<T, A>(term.g.row(i), term.z.row(key), columns_);
-                if (head_.dropout.drops_weights()) d_weight *= static_cast<T>(head_.dropout.weight(i, key));
-                d_scores[static_cast<std::size_t>(e)] = plain_edge_weights_[static_cast<std::size_t>(e)] * (d_weight - row_means[static_cast<std::size_t>(i)]);
+            const T mean = row_means[static_cast<std::size_t>(i)];
+            for (offset_t e = edges.offsets[static_cast<std::size_t>(i)]; e < edges.offsets[static_cast<std::size_t>(i) + 1]; ++e) {
+                T& d_score = d_scores[static_cast<std::size_t>(e)];
+                if (e >= last || !this->is_alive(i)) d_score = 0;
+                else {
+                    if (head_.dropout.drops_weights()) d_score *= static_cast<T>(head_.dropout.weight(i, edges.keys[static_cast<std::size_t>(e)]));
+                    d_score = plain_edge_weights_[static_cast<std::size_t>(e)] * (d_score - mean);
+                }
             }
-            const index_t* keys = edges.keys.data() + first;
-            const T* weights = d_scores.data() + first;
-            T* const to = d_query.data() + offset_t{i} * dim;
-            gather_sum<T, A>(last - first, [=](offset_t e) { return keys[e]; }, [=](offset_t e) { return weights[e]; }, k, scale, dim, to);
-            for (index_t c = 0; c < head_.q.cols; ++c) gradient.d_q(i, c) += to[c];
         });
-        add_transposed_edges(d_scores, q, scale, dim, d_k, dim);
+        // Queries like a hop over the keys, keys like a transposed one over the queries.
+        const auto d_query = arena.template take<T>(offset_t{head_.q.rows} * dim_);
+        std::fill(d_query.begin(), d_query.end(), T(0));
+        this->split(k, keys.rows, keys);
+        edge_weights_ = d_scores;
+        this->sum_edges(keys, scale, d_query.data(), dim_, nullptr);
+        this->for_each_row([&](index_t i) {
+            for (index_t c = 0; c < head_.q.cols; ++c) gradient.d_q(i, c) += d_query[static_cast<std::size_t>(i) * static_cast<std::size_t>(dim_) + static_cast<std::size_t>(c)];
+        });
+        transpose_edges(plan_.template lowered<TransposedEdges>(), d_scores);
+        add_transposed_edges(q, scale, dim_, d_k, dim_);
         if constexpr (LearnedBias<Bias>)
             for (index_t i = 0; i < head_.q.rows; ++i) {
                 if (!this->is_alive(i)) continue;
@@ -314,6 +467,11 @@ private:
                     head_.bias->accumulate_gradient(gradient.bias_gradient, head_.batch, head_.head, i, edges.keys[static_cast<std::size_t>(e)], double(d_scores[static_cast<std::size_t>(e)]));
             }
     }
+
+    std::span<T> transposed_weights_;  // of edges, ordered by key
+    Parts<T> sums_source_;
+    NonFiniteRows bad_x_;
+    offset_t block_keys_ = 0;
 };
 
 }  // namespace detail::simd

@@ -17,12 +17,14 @@ struct Tiling {
     /// Vectors that hold one value of each query of a group.
     static constexpr int group_vectors = group_size / lanes;
     /// Keys of a score tile.
-    static constexpr int score_keys = registers == 32 ? (group_vectors == 1 ? 8 : 16 / group_vectors) : (group_vectors >= 8 ? 1 : 8 / group_vectors + (group_vectors == 2 ? 2 : 0));
+    static constexpr int score_keys = registers == 32 ? 16 / group_vectors : group_vectors == 1 ? 12 : group_vectors == 2 ? 6 : group_vectors == 4 ? 2 : 1;
     /// Rows and vectors of columns of an output tile.
-    static constexpr int rows = 4;
-    static constexpr int columns = registers == 32 ? 4 : 2;
-    /// Keys whose weights are worked on while they are in the first-level cache.
-    static constexpr int key_block = sizeof(T) == 4 ? 512 : 256;
+    static constexpr int rows = registers == 32 ? 8 : 4;
+    static constexpr int columns = registers == 32 ? 3 : 2;
+    /// Keys whose weights are worked on at once: of one group of queries, so that a window of 512 is one block ..
+    static constexpr int key_block = sizeof(T) == 4 ? 544 : 272;
+    /// .. and of several groups, so that the keys and values stay in the second-level cache meanwhile.
+    static constexpr int shared_key_block = sizeof(T) == 4 ? 256 : 128;
 };
 
 /// One value of each query of a group, and those of M keys.
@@ -74,26 +76,38 @@ POLYATTN_ALWAYS_INLINE void weighted_sum_tile(const T* weights, const T* x, std:
     });
 }
 
-/// out[key][columns] += sum over the 16 queries of weights[key][query] * x[query][columns], M keys x N vectors.
+/// The weights of one group that a transposed sum reads, and the rows that they multiply.
+template <class T>
+struct WeightPlane {
+    const T* weights;            // of the first of `keys`, 16 queries a key
+    const T* x;                  // [16][columns]
+    Bounds keys;
+    const Lanes* lanes;          // what each query sees, relative to the first of `keys`; null: all of them
+};
+
+/// acc[key][columns] += sum over queries [first, last) of weights[key][query] * x[query][columns], M keys x N vectors.
 template <int M, int N, class T, class A>
-POLYATTN_ALWAYS_INLINE void transposed_sum_tile(const T* weights, const T* x, std::ptrdiff_t x_stride, T* out, std::ptrdiff_t out_stride) {
+POLYATTN_ALWAYS_INLINE void transposed_sum_tile(Vec<T, A> (&acc)[M][N], const T* weights, const T* x, std::ptrdiff_t x_stride, int first, int last) {
     using V = Vec<T, A>;
     constexpr int lanes = Tiling<T, A>::lanes;
-    V acc[M][N];
-    unroll<M>([&](auto i) POLYATTN_INLINE_LAMBDA {
-        unroll<N>([&](auto v) POLYATTN_INLINE_LAMBDA { acc[i][v] = V::load_unaligned(out + i * out_stride + v * lanes); });
-    });
-    for (int query = 0; query < group_size; ++query) {
+    x += first * x_stride;
+    for (int query = first; query < last; ++query) {
         V row[N];
-        unroll<N>([&](auto v) POLYATTN_INLINE_LAMBDA { row[v] = V::load_unaligned(x + query * x_stride + v * lanes); });
+        unroll<N>([&](auto v) POLYATTN_INLINE_LAMBDA { row[v] = V::load_unaligned(x + v * lanes); });
         unroll<M>([&](auto i) POLYATTN_INLINE_LAMBDA {
             const V weight(weights[i * group_size + query]);
             unroll<N>([&](auto v) POLYATTN_INLINE_LAMBDA { acc[i][v] = multiply_add(weight, row[v], acc[i][v]); });
         });
+        x += x_stride;
     }
-    unroll<M>([&](auto i) POLYATTN_INLINE_LAMBDA {
-        unroll<N>([&](auto v) POLYATTN_INLINE_LAMBDA { acc[i][v].store_unaligned(out + i * out_stride + v * lanes); });
-    });
+}
+
+/// Calls f(integral_constant keys, position) so that tiles of M keys, then of fewer, cover `keys`.
+template <int M, class F>
+POLYATTN_ALWAYS_INLINE void for_each_key_tile(index_t keys, F&& f, index_t position = 0) {
+    for (; position + M <= keys; position += M) f(std::integral_constant<int, M>{}, position);
+    if constexpr (M > 1)
+        if (position < keys) for_each_key_tile<M / 2>(keys, f, position);
 }
 
 /// out += factor * x, rounded as the tiles round it: the bits of a row must not depend on which of them works on it.
@@ -103,50 +117,72 @@ void add_scaled(T factor, const T* x, index_t columns, T* out) {
     for (index_t c = 0; c < columns; c += Tiling<T, A>::lanes) multiply_add(V(factor), V::load_unaligned(x + c), V::load_unaligned(out + c)).store_unaligned(out + c);
 }
 
-/// Calls f(integral_constant width, column) so that widths of up to N vectors cover `columns`, a multiple of the lanes.
+/// Calls f(integral_constant width, column) for panels of nearly equal widths of up to N vectors that cover `columns`, a multiple of
+/// the lanes.
 template <int N, int Lanes, class F>
 POLYATTN_ALWAYS_INLINE void for_column_panels(index_t columns, F&& f) {
-    index_t column = 0;
-    for (; column + N * Lanes <= columns; column += N * Lanes) f(std::integral_constant<int, N>{}, column);
-    if constexpr (N > 1)
-        if (column < columns) for_column_panels<N / 2, Lanes>(columns - column, [&](auto width, index_t at) POLYATTN_INLINE_LAMBDA { f(width, column + at); });
-}
-
-/// out[16 rows][columns] (+)= weights^T x over the keys [0, keys) of a block. Four rows at a time skip the keys that none of
-/// them sees: `lanes` are the rows' bounds, relative to the block.
-template <class T, class A>
-void weighted_sum(const T* weights, const T* x, std::ptrdiff_t x_stride, const std::array<Bounds, group_size>& lanes, index_t columns,
-                  T* out, std::ptrdiff_t out_stride, bool add) {
-    using K = Tiling<T, A>;
-    for (int row = 0; row < group_size; row += K::rows) {
-        Bounds seen = lanes[static_cast<std::size_t>(row)];
-        for (int i = 1; i < K::rows; ++i) {
-            const Bounds lane = lanes[static_cast<std::size_t>(row + i)];
-            if (lane.empty()) continue;
-            seen = seen.empty() ? lane : Bounds{std::min(seen.begin, lane.begin), std::max(seen.end, lane.end)};
-        }
-        if (seen.empty()) {
-            if (add) continue;
-            seen = {0, 0};
-        }
-        for_column_panels<K::columns, K::lanes>(columns, [&](auto width, index_t column) POLYATTN_INLINE_LAMBDA {
-            weighted_sum_tile<K::rows, width, T, A>(weights + seen.begin * group_size + row, x + seen.begin * x_stride + column, x_stride,
-                                                    seen.size(), out + row * out_stride + column, out_stride, add);
-        });
+    const index_t vectors = columns / Lanes, panels = (vectors + N - 1) / N;
+    for (index_t panel = 0; panel < panels; ++panel) {
+        const index_t first = vectors * panel / panels, last = vectors * (panel + 1) / panels;
+        with_count<N>(static_cast<int>(last - first), [&](auto width) POLYATTN_INLINE_LAMBDA { f(width, first * Lanes); });
     }
 }
 
-/// out[keys][columns] += weights x for the keys of a block.
+/// out[16 rows][columns] (+)= weights^T x over the keys [0, keys) of a block. Some rows at a time skip the keys that none of
+/// them sees: `lanes` are the rows' bounds, relative to the block; null: every row sees all keys.
 template <class T, class A>
-void transposed_sum(const T* weights, index_t keys, const T* x, std::ptrdiff_t x_stride, index_t columns, T* out, std::ptrdiff_t out_stride) {
+void weighted_sum(const T* weights, const T* x, std::ptrdiff_t x_stride, index_t keys, const Lanes* lanes, index_t columns, T* out, std::ptrdiff_t out_stride, bool add) {
     using K = Tiling<T, A>;
+    static_assert(group_size % K::rows == 0);
+    Bounds seen[group_size / K::rows];
+    for (int part = 0; part < group_size / K::rows; ++part) {
+        Bounds& span = seen[part] = {lanes ? keys : 0, lanes ? 0 : keys};
+        for (int i = 0; lanes && i < K::rows; ++i) {
+            const Bounds lane = (*lanes)[static_cast<std::size_t>(part * K::rows + i)];
+            if (!lane.empty()) span = {std::min(span.begin, lane.begin), std::max(span.end, lane.end)};
+        }
+        if (span.empty()) span = {0, 0};
+    }
     for_column_panels<K::columns, K::lanes>(columns, [&](auto width, index_t column) POLYATTN_INLINE_LAMBDA {
-        index_t key = 0;
-        for (; key + K::rows <= keys; key += K::rows)
-            transposed_sum_tile<K::rows, width, T, A>(weights + key * group_size, x + column, x_stride, out + key * out_stride + column, out_stride);
-        for (; key < keys; ++key)
-            transposed_sum_tile<1, width, T, A>(weights + key * group_size, x + column, x_stride, out + key * out_stride + column, out_stride);
+        for (int part = 0; part < group_size / K::rows; ++part) {
+            const int row = part * K::rows;
+            if (seen[part].empty() && add) continue;
+            weighted_sum_tile<K::rows, width, T, A>(weights + seen[part].begin * group_size + row, x + seen[part].begin * x_stride + column, x_stride,
+                                                    seen[part].size(), out + row * out_stride + column, out_stride, add);
+        }
     });
+}
+
+/// Queries [first, last) of the 16 that see any of the keys [begin, end).
+inline std::pair<int, int> lanes_that_see(const Lanes& lanes, index_t begin, index_t end) {
+    std::uint32_t seen = 0;
+    for (std::size_t lane = 0; lane < group_size; ++lane) seen |= static_cast<std::uint32_t>(lanes[lane].begin < end && lanes[lane].end > begin) << lane;
+    return {std::countr_zero(seen | 1u << group_size), std::bit_width(seen)};
+}
+
+/// out[keys][columns] += weights x for the keys of a block, over all groups of `planes`: a row of out is read and written once.
+template <class T, class A>
+void transposed_sum(std::span<const WeightPlane<T>> planes, Bounds keys, std::ptrdiff_t x_stride, index_t columns, T* out, std::ptrdiff_t out_stride) {
+    using V = Vec<T, A>;
+    using K = Tiling<T, A>;
+    const auto tile = [&]<int M>(std::integral_constant<int, M>, index_t key) POLYATTN_INLINE_LAMBDA {
+        for_column_panels<K::columns, K::lanes>(columns, [&](auto width, index_t column) POLYATTN_INLINE_LAMBDA {
+            constexpr int N = width;
+            V acc[M][N];
+            T* const to = out + key * out_stride + column;
+            unroll<M>([&](auto i) POLYATTN_INLINE_LAMBDA { unroll<N>([&](auto v) POLYATTN_INLINE_LAMBDA { acc[i][v] = V::load_unaligned(to + i * out_stride + v * K::lanes); }); });
+            for (const WeightPlane<T>& plane : planes) {
+                if (key < plane.keys.begin || key >= plane.keys.end) continue;
+                const index_t at = key - plane.keys.begin;
+                const auto [first, last] = plane.lanes ? lanes_that_see(*plane.lanes, at, at + M) : std::pair{0, group_size};
+                transposed_sum_tile<M, N, T, A>(acc, plane.weights + at * group_size, plane.x + column, x_stride, first, last);
+            }
+            unroll<M>([&](auto i) POLYATTN_INLINE_LAMBDA { unroll<N>([&](auto v) POLYATTN_INLINE_LAMBDA { acc[i][v].store_unaligned(to + i * out_stride + v * K::lanes); }); });
+        });
+    };
+    index_t key = keys.begin;
+    for (; key + K::rows <= keys.end; key += K::rows) tile(std::integral_constant<int, K::rows>{}, key);
+    for (; key < keys.end; ++key) tile(std::integral_constant<int, 1>{}, key);
 }
 
 }  // namespace detail::simd

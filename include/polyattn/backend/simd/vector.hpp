@@ -30,6 +30,11 @@ template <class A>
 inline constexpr bool is_avx512 = false;
 #endif
 
+#if XSIMD_WITH_AVX
+template <class A>
+inline constexpr bool is_avx = std::is_base_of_v<xsimd::avx, A>;
+#endif
+
 /// a * b + c. xsimd 8 has no AVX-512 form of it: a product and a sum become one operation only by contraction, and bits must
 /// not hang on that.
 template <class T, class A>
@@ -61,10 +66,75 @@ POLYATTN_ALWAYS_INLINE Vec<To, A> bit_cast(Vec<T, A> a) {
 #endif
 }
 
+/// a0 b0 a1 b1 .. of the lower halves, and of the upper ones. xsimd 8 interleaves within parts of 128 bits on AVX.
+template <class T, class A>
+POLYATTN_ALWAYS_INLINE Vec<T, A> interleave_low(Vec<T, A> a, Vec<T, A> b) {
+#if XSIMD_WITH_AVX512F
+    if constexpr (is_avx512<A>) {
+        if constexpr (std::is_same_v<T, float>) return _mm512_permutex2var_ps(a, _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23), b);
+        else return _mm512_permutex2var_pd(a, _mm512_setr_epi64(0, 8, 1, 9, 2, 10, 3, 11), b);
+    } else
+#endif
+#if XSIMD_WITH_AVX
+    if constexpr (is_avx<A>) {
+        if constexpr (std::is_same_v<T, float>) return _mm256_permute2f128_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b), 0x20);
+        else return _mm256_permute2f128_pd(_mm256_unpacklo_pd(a, b), _mm256_unpackhi_pd(a, b), 0x20);
+    } else
+#endif
+        return xsimd::zip_lo(a, b);
+}
+template <class T, class A>
+POLYATTN_ALWAYS_INLINE Vec<T, A> interleave_high(Vec<T, A> a, Vec<T, A> b) {
+#if XSIMD_WITH_AVX512F
+    if constexpr (is_avx512<A>) {
+        if constexpr (std::is_same_v<T, float>) return _mm512_permutex2var_ps(a, _mm512_setr_epi32(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31), b);
+        else return _mm512_permutex2var_pd(a, _mm512_setr_epi64(4, 12, 5, 13, 6, 14, 7, 15), b);
+    } else
+#endif
+#if XSIMD_WITH_AVX
+    if constexpr (is_avx<A>) {
+        if constexpr (std::is_same_v<T, float>) return _mm256_permute2f128_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b), 0x31);
+        else return _mm256_permute2f128_pd(_mm256_unpacklo_pd(a, b), _mm256_unpackhi_pd(a, b), 0x31);
+    } else
+#endif
+        return xsimd::zip_hi(a, b);
+}
+
+/// Fetches the line into the second-level cache.
+inline void prefetch([[maybe_unused]] const void* address) {
+#if defined(__GNUC__)
+    __builtin_prefetch(address, 0, 2);
+#endif
+}
+
 /// Calls f(integral_constant 0), .. f(integral_constant N - 1): unrolled by every compiler, which loops with pragmas are not.
 template <int N, class F>
 POLYATTN_ALWAYS_INLINE void unroll(F&& f) {
     [&]<int... I>(std::integer_sequence<int, I...>) POLYATTN_INLINE_LAMBDA { (f(std::integral_constant<int, I>{}), ...); }(std::make_integer_sequence<int, N>{});
+}
+
+/// Calls f(integral_constant N) for the N of 1 .. Most that `count` is.
+template <int Most, class F>
+POLYATTN_ALWAYS_INLINE void with_count(int count, F&& f) {
+    if constexpr (Most > 1) {
+        if (count < Most) return with_count<Most - 1>(count, f);
+    }
+    f(std::integral_constant<int, Most>{});
+}
+
+/// Transposes lanes x lanes values in registers: each round interleaves the first half with the second.
+template <class T, class A>
+POLYATTN_ALWAYS_INLINE void transpose(Vec<T, A> (&rows)[lanes<T, A>]) {
+    constexpr int width = lanes<T, A>;
+    constexpr int rounds = std::bit_width(static_cast<unsigned>(width)) - 1;
+    unroll<rounds>([&](auto) POLYATTN_INLINE_LAMBDA {
+        Vec<T, A> next[width];
+        unroll<width / 2>([&](auto i) POLYATTN_INLINE_LAMBDA {
+            next[2 * i] = interleave_low<T, A>(rows[i], rows[i + width / 2]);
+            next[2 * i + 1] = interleave_high<T, A>(rows[i], rows[i + width / 2]);
+        });
+        unroll<width>([&](auto i) POLYATTN_INLINE_LAMBDA { rows[i] = next[i]; });
+    });
 }
 
 }  // namespace detail::simd

@@ -28,6 +28,7 @@ public:
     double slope(index_t head) const { return (*slopes_)[static_cast<std::size_t>(head)]; }
 
     struct Bound {
+        static constexpr bool depends_on_distance = true;
         std::shared_ptr<const std::vector<double>> slopes;
         offset_t offset;
         double operator()(index_t, index_t head, index_t query, index_t key) const {
@@ -62,6 +63,7 @@ struct RelativePosition {
     }
 
     struct Bound {
+        static constexpr bool depends_on_distance = true;
         const RelativePosition* self;
         offset_t offset;
         std::size_t at(index_t head, index_t query, index_t key) const {

@@ -15,6 +15,8 @@ POLYATTN_BEGIN_NAMESPACE
 ///   stands at position i + keys - queries.
 /// - gradient_size() and accumulate_gradient(span<double> gradient, batch, head, query, key, double d_score): the bias is
 ///   learned, and backward() returns its gradient.
+/// - depends_on_distance, a static constexpr true, of the bound bias where there is one: it depends on batch, head and key - query
+///   alone. Kernels then evaluate it once a distance.
 template <class P>
 concept BiasPolicy = PolicyOf<P, bias_kind> && (requires(const P& bias, index_t i) { { bias(i, i, i, i) } -> std::convertible_to<double>; } ||
                                                 requires(const P& bias, index_t i) { { bias.bind(i, i)(i, i, i, i) } -> std::convertible_to<double>; });
@@ -24,6 +26,9 @@ concept LearnedBias = requires(const P& bias, std::span<double> gradient, index_
     { bias.gradient_size() } -> std::convertible_to<std::size_t>;
     bias.accumulate_gradient(gradient, i, i, i, i, value);
 };
+
+template <class P>
+concept DistanceBias = requires { requires P::depends_on_distance; };
 
 /// No bias; costs nothing.
 struct NoBias {
