@@ -184,22 +184,32 @@ public:
     /// Throws invalid_input unless d_out has the output's shape and `saved` fits. (4 K + 4) d flops a pair and the scores again.
     template <class T, class D>
     auto backward(const Saved<T>& saved, const D& d_out, const CallOptions& options = {}) const {
+        const auto like = [](const TensorView<const T>& view) { return detail::make_result<D, T>(detail::shape_like(view, {view.tokens(), view.dim()})); };
+        Gradients<decltype(like(saved.q()))> gradients{like(saved.q()), like(saved.k()), like(saved.v()), {}};
+        backward_into(gradients, saved, d_out, options);
+        return gradients;
+    }
+
+    /// The same, written to `gradients`, whose tensors must have the shapes of q, k and v: as backward() returned them before. With a
+    /// workspace in `options` a repeated call allocates little more than a few numbers a head. Throws invalid_input.
+    template <class TensorType, class T, class D>
+    void backward_into(Gradients<TensorType>& gradients, const Saved<T>& saved, const D& d_out, const CallOptions& options = {}) const {
         static_assert(std::is_same_v<detail::element_t<D>, T>, "polyattn: d_out must have the inputs' value type");
+        static_assert(std::is_same_v<decltype(memory_of(gradients.q)), TensorView<T>>, "polyattn: gradients must have the inputs' value type");
         const detail::Adapted<T> ad(d_out, "d_out");
         const TensorView<const T> q = saved.q(), k = saved.k(), v = saved.v(), d = ad.view();
         require_shape(d, {q.extents[0], q.extents[1], q.extents[2], v.extents[3]}, q.rank, "d_out");
         detail::require(saved.hop_count_ == recursion_.hops.size(), "saved", [&] { return detail::text("a forward pass of this layer, with ", recursion_.hops.size(), " hops"); },
                         saved.hop_count_);
         if constexpr (requires { bias_.check_heads(q.heads()); }) bias_.check_heads(q.heads());
-        const auto zero = [](auto tensor) {
-            std::fill_n(tensor.data(), tensor_size(tensor), T(0));
-            return tensor;
-        };
-        auto d_q = zero(detail::make_result<D, T>(detail::shape_like(q, {q.tokens(), q.dim()})));
-        auto d_k = zero(detail::make_result<D, T>(detail::shape_like(k, {k.tokens(), k.dim()})));
-        auto d_v = zero(detail::make_result<D, T>(detail::shape_like(v, {v.tokens(), v.dim()})));
+        const TensorView<T> vq = memory_of(gradients.q), vk = memory_of(gradients.k), vv = memory_of(gradients.v);
+        require_shape(vq, q.extents, q.rank, "gradients.q");
+        require_shape(vk, k.extents, k.rank, "gradients.k");
+        require_shape(vv, v.extents, v.rank, "gradients.v");
+        for (const TensorView<T>& view : {vq, vk, vv}) fill_with_zeros(view);
         const auto& bound = detail::bind_bias(bias_, q.tokens(), k.tokens());
-        std::vector<double> d_bias;
+        std::vector<double>& d_bias = gradients.bias;
+        d_bias.clear();
         if constexpr (LearnedBias<std::remove_cvref_t<decltype(bound)>>) d_bias.resize(bound.gradient_size(), 0.);
 
         Workspace own;
@@ -209,7 +219,6 @@ public:
         // Each run of items adds to a bias gradient of its own, and these are added in order: the order never depends on threads.
         const offset_t runs = d_bias.empty() ? items : std::min<offset_t>(items, 16);
         std::vector<double> bias_parts(static_cast<std::size_t>(runs) * d_bias.size(), 0.);
-        const TensorView<T> vq = memory_of(d_q), vk = memory_of(d_k), vv = memory_of(d_v);
         for_each_item(runs, workspace, options.workspace != nullptr, [&](offset_t run, detail::Workers& workers) {
             for (offset_t query_item = items * run / runs * group; query_item < items * (run + 1) / runs * group; ++query_item) {
                 const offset_t item = query_item / group;
@@ -227,7 +236,6 @@ public:
             }
         });
         for (std::size_t at = 0; at < bias_parts.size(); ++at) d_bias[at % d_bias.size()] += bias_parts[at];
-        return Gradients<decltype(d_q)>{std::move(d_q), std::move(d_k), std::move(d_v), std::move(d_bias)};
     }
 
     /// Does all the checks of operator() on the same arguments and returns the plan that it would use. Throws invalid_input.
@@ -281,10 +289,16 @@ private:
         if constexpr (requires { result.view(); }) return result.view();
         else return detail::memory_view(result, "out");
     }
-    template <class Result>
-    static std::size_t tensor_size(const Result& result) {
-        if constexpr (requires { result.values; }) return result.values.size();
-        else return result.size();
+    template <class T>
+    static void fill_with_zeros(const TensorView<T>& view) {
+        for (index_t b = 0; b < view.batch(); ++b)
+            for (index_t h = 0; h < view.heads(); ++h) {
+                const MatrixView<T> head = view.head(b, h);
+                for (index_t i = 0; i < head.rows; ++i)
+                    if (head.col_stride == 1) std::fill_n(head.row(i), head.cols, T(0));
+                    else
+                        for (index_t c = 0; c < head.cols; ++c) head(i, c) = T(0);
+            }
     }
     template <class T>
     static Tensor<T> copy_of(const TensorView<const T>& view) {

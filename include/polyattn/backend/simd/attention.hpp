@@ -107,43 +107,46 @@ void backward(const Head<T, Bias>& head, const HeadGradient<T>& gradient, Worker
 
     // One hop needs every weight once: for dV and for the gradient of the weights in the same pass.
     const bool fused = count == 1 && attention.shares_passes();
-    T* g = arena.take<T>(offset_t{rows} * columns).data();
-    for (index_t i = 0; i < rows; ++i) {
-        T* const to = g + offset_t{i} * columns;
-        for (index_t c = 0; c < dim; ++c) to[c] = gradient.d_out(i, c);
-        std::fill(to + dim, to + columns, T(0));
-    }
+    constexpr index_t unit = 64;
+    const auto for_each_row = [&](index_t count_of_rows, auto&& f) {
+        parallel_for((count_of_rows + unit - 1) / unit, [&](offset_t u, int) {
+            for (index_t i = static_cast<index_t>(u) * unit; i < std::min(static_cast<index_t>(u + 1) * unit, count_of_rows); ++i) f(i);
+        });
+    };
+    Rows<T> g = readable_rows(gradient.d_out, true, width, arena);
+    T* summed = nullptr;  // g of the hop before, where it can be written
     for (std::size_t k = count; k-- > 0;) {
         const T teleport = static_cast<T>(hops[k].teleport), walk = static_cast<T>(hops[k].walk);
+        if (head.dropout.drops_values() && !summed) {
+            summed = arena.take<T>(offset_t{rows} * columns).data();
+            for_each_row(rows, [&](index_t i) { std::copy_n(g.row(i), columns, summed + offset_t{i} * columns); });
+            g = {summed, columns};
+        }
         T* const scaled = arena.take<T>(offset_t{rows} * columns).data();
-        for (index_t i = 0; i < rows; ++i) {
+        for_each_row(rows, [&](index_t i) {
             T* const to = scaled + offset_t{i} * columns;
-            T* const from = g + offset_t{i} * columns;
+            const T* const from = g.row(i);
             if (!attention.is_alive(i)) {
                 std::fill_n(to, columns, T(0));
-                continue;
+                return;
             }
-            const T* const z = gradient.hops + (static_cast<offset_t>(k) * rows + i) * dim;
-            double mean = 0;
-            for (index_t c = 0; c < dim; ++c) mean += double(from[c]) * double(z[c]);
-            if (head.dropout.drops_values()) drop_values(head.dropout, static_cast<int>(k), i, from, dim);
-            if (teleport != 0)
-                for (index_t c = 0; c < dim; ++c) {
-                    mean -= double(from[c]) * hops[k].teleport * double(v.row(i)[c]);
-                    gradient.d_v(i, c) += teleport * from[c];
-                }
-            if (walk != 0) row_means[static_cast<std::size_t>(i)] += static_cast<T>(mean);
-            for (index_t c = 0; c < columns; ++c) to[c] = walk * from[c];
-        }
+            T mean = dot<T, A>(from, gradient.hops + (static_cast<offset_t>(k) * rows + i) * dim, dim);
+            if (head.dropout.drops_values()) drop_values(head.dropout, static_cast<int>(k), i, summed + offset_t{i} * columns, dim);
+            if (teleport != 0) {
+                mean -= teleport * dot<T, A>(from, v.row(i), dim);
+                add_row<A>(gradient.d_v, i, teleport, from);
+            }
+            if (walk != 0) row_means[static_cast<std::size_t>(i)] += mean;
+            scale_row<T, A>(from, walk, columns, to);
+        });
         terms[k].g = {scaled, columns};
-        T* const next = arena.take<T>(offset_t{keys} * columns).data();
-        if (!fused) attention.apply_transposed({scaled, columns}, next, columns);
-        g = next;
+        summed = arena.take<T>(offset_t{keys} * columns).data();
+        if (!fused) attention.apply_transposed({scaled, columns}, summed);
+        g = {summed, columns};
     }
-    attention.weights_gradient(terms, row_means, gradient, fused ? g : nullptr);
+    attention.weights_gradient(terms, row_means, gradient, fused ? summed : nullptr);
     if (start != 0)
-        for (index_t j = 0; j < keys; ++j)
-            for (index_t c = 0; c < dim; ++c) gradient.d_v(j, c) += static_cast<T>(start) * g[offset_t{j} * columns + c];
+        for_each_row(keys, [&](index_t j) { add_row<A>(gradient.d_v, j, static_cast<T>(start), summed + offset_t{j} * columns); });
 }
 
 }  // namespace detail::simd

@@ -20,6 +20,46 @@ struct Rows {
 
 constexpr index_t padded(index_t columns, int lanes) { return (columns + lanes - 1) / lanes * lanes; }
 
+/// f(position, vector of `from`) over whole vectors, then once over the rest, padded with zeros; f returns what belongs to `to`.
+template <class T, class A, class F>
+POLYATTN_ALWAYS_INLINE void map_row(const T* from, T* to, index_t columns, F&& f) {
+    using V = Vec<T, A>;
+    constexpr int width = lanes<T, A>;
+    index_t c = 0;
+    for (; c + width <= columns; c += width) f(V::load_unaligned(from + c), V::load_unaligned(to + c)).store_unaligned(to + c);
+    if (c == columns) return;
+    alignas(64) T a[width] = {}, b[width] = {};
+    std::copy_n(from + c, columns - c, a);
+    std::copy_n(to + c, columns - c, b);
+    f(V::load_aligned(a), V::load_aligned(b)).store_aligned(b);
+    std::copy_n(b, columns - c, to + c);
+}
+/// to = factor * from.
+template <class T, class A>
+void scale_row(const T* from, T factor, index_t columns, T* to) {
+    using V = Vec<T, A>;
+    map_row<T, A>(from, to, columns, [&](V x, V) POLYATTN_INLINE_LAMBDA { return x * V(factor); });
+}
+/// Row i of `to` += factor * from.
+template <class A, class T>
+void add_row(MatrixView<T> to, index_t i, T factor, const T* from) {
+    using V = Vec<T, A>;
+    const auto add = [&](V x, V y) POLYATTN_INLINE_LAMBDA { return multiply_add(V(factor), x, y); };
+    if (to.col_stride == 1) return map_row<T, A>(from, &to(i, 0), to.cols, add);
+    for (index_t c = 0; c < to.cols; ++c) map_row<T, A>(from + c, &to(i, c), 1, add);
+}
+template <class T, class A>
+T dot(const T* a, const T* b, index_t columns) {
+    using V = Vec<T, A>;
+    constexpr int width = lanes<T, A>;
+    V sum(T(0));
+    index_t c = 0;
+    for (; c + width <= columns; c += width) sum = multiply_add(V::load_unaligned(a + c), V::load_unaligned(b + c), sum);
+    T rest = 0;
+    for (; c < columns; ++c) rest += a[c] * b[c];
+    return lane_sum(sum) + rest;
+}
+
 /// The rows themselves if kernels can read them, else a copy. Copied are: other inner strides, columns that do not fill whole
 /// vectors if `whole_vectors`, and strides of 4 KiB, which would share one set of the first-level cache.
 template <class T>

@@ -3,6 +3,8 @@
 #include <polyattn/plan/plan.hpp>
 
 #include <array>
+#include <bit>
+#include <limits>
 #include <map>
 
 POLYATTN_BEGIN_NAMESPACE
@@ -14,8 +16,16 @@ inline constexpr int group_size = 16;
 /// Spans of keys begin and end at multiples of this where the keys do not end before, so that tiles have no small remainders.
 inline constexpr index_t span_unit = 8;
 
-/// What each query of a group sees.
-using Lanes = std::array<Bounds, group_size>;
+/// What each query of a group sees; nothing is begin = end = 0.
+struct Lanes {
+    std::array<index_t, group_size> begin{}, end{};
+
+    Bounds operator[](std::size_t lane) const { return {begin[lane], end[lane]}; }
+    void set(std::size_t lane, Bounds bounds) {
+        begin[lane] = bounds.begin;
+        end[lane] = bounds.end;
+    }
+};
 
 /// A group's share of one tile: the span of key positions that any of its queries sees.
 struct Piece {
@@ -53,7 +63,7 @@ public:
         add_contiguous_rows(plan);
         add_listed_rows(plan);
         place(plan);
-        form_units();
+        form_units(plan);
     }
 
     std::span<const Group> groups() const { return groups_; }
@@ -86,6 +96,8 @@ public:
         const std::size_t count = units_.size(), parts = static_cast<std::size_t>(chunks()), i = static_cast<std::size_t>(index);
         return std::span<const Unit>(units_).subspan(count * i / parts, count * (i + 1) / parts - count * i / parts);
     }
+    /// Keys that a chunk's groups look at lie in this range.
+    Bounds chunk_keys(int index) const { return chunk_keys_[static_cast<std::size_t>(index)]; }
     /// Lowest and highest query - key of any span.
     std::pair<index_t, index_t> distances() const { return distances_; }
 
@@ -167,7 +179,7 @@ private:
             const index_t at = position(lane);
             if (at < 0 || tile.row_count(at) == 0) continue;
             const Bounds bounds = tile.row_bounds(at);
-            piece.lanes[static_cast<std::size_t>(lane)] = bounds;
+            piece.lanes.set(static_cast<std::size_t>(lane), bounds);
             piece.span = any ? Bounds{std::min(piece.span.begin, bounds.begin), std::max(piece.span.end, bounds.end)} : bounds;
             any = true;
         }
@@ -190,7 +202,7 @@ private:
             if (!(group.active >> lane & 1)) {
                 group.rows[static_cast<std::size_t>(lane)] = group.rows[static_cast<std::size_t>(worker)];
                 for (std::size_t p = group.first_piece; p < group.last_piece; ++p)
-                    pieces_[p].lanes[static_cast<std::size_t>(lane)] = pieces_[p].lanes[static_cast<std::size_t>(worker)];
+                    pieces_[p].lanes.set(static_cast<std::size_t>(lane), pieces_[p].lanes[static_cast<std::size_t>(worker)]);
             }
         group.consecutive = true;
         for (std::size_t lane = 1; lane < group_size; ++lane) group.consecutive &= group.rows[lane] == group.rows[0] + static_cast<index_t>(lane);
@@ -221,7 +233,7 @@ private:
                 weight_rows_ += piece.span.size();
                 const auto [lowest, highest] = std::minmax_element(group.rows.begin(), group.rows.end());
                 distances_ = {std::min(distances_.first, *lowest - tile.keys[piece.span.end - 1]), std::max(distances_.second, *highest - tile.keys[piece.span.begin])};
-                for (const Bounds& lane : piece.lanes) piece.masked |= !(lane == piece.span);
+                for (std::size_t lane = 0; lane < group_size; ++lane) piece.masked |= !(piece.lanes[lane] == piece.span);
                 masked_ |= piece.masked || tile.excluded_in(piece.span) > 0;
                 if (piece.list_slot < 0) continue;
                 piece.list_slot = slot++ % gather_buffers;
@@ -232,7 +244,7 @@ private:
         }
     }
 
-    void form_units() {
+    void form_units(const Plan& plan) {
         constexpr index_t wide_keys = 1024;
         const auto keys_of = [&](const Group& group) {
             offset_t keys = 0;
@@ -251,12 +263,24 @@ private:
                 units_.back().last = g + 1;
             else units_.push_back({g, g + 1, wide});
         }
+        for (int c = 0; c < chunks(); ++c) {
+            Bounds keys{std::numeric_limits<index_t>::max(), 0};
+            for (const Unit& unit : chunk(c))
+                for (std::size_t p = groups_[unit.first].first_piece; p < groups_[unit.last - 1].last_piece; ++p) {
+                    const IndexSequence& sequence = plan.tiles()[static_cast<std::size_t>(pieces_[p].tile)].keys;
+                    // A list is scattered as a whole.
+                    const Bounds span = sequence.is_list() ? Bounds{0, sequence.size()} : pieces_[p].span;
+                    keys = {std::min(keys.begin, sequence[span.begin]), std::max(keys.end, sequence[span.end - 1] + 1)};
+                }
+            chunk_keys_.push_back(keys.empty() ? Bounds{} : keys);
+        }
     }
 
     static constexpr int gather_buffers = 4;  // a group with more lists gathers some of them again
     std::vector<Group> groups_;
     std::vector<Piece> pieces_;
     std::vector<Unit> units_;
+    std::vector<Bounds> chunk_keys_;
     std::pair<index_t, index_t> distances_{0, 0};
     std::vector<offset_t> slot_offsets_, slots_;
     std::vector<index_t> list_capacity_;

@@ -76,24 +76,30 @@ inline Block make_block(const Group& group, const Piece& piece, const Tile& tile
     if (end <= first) return block;
     block.keys = std::min({range.end, piece.span.end, (end + span_unit - 1) / span_unit * span_unit}) - first;
     block.all_end = block.keys;
-    bool padded_query = false;
-    for (const index_t row : group.rows) padded_query |= row >= query_length;
-    if (!piece.masked && !padded_query && end == first + block.keys) block.lanes.fill({0, block.keys});
-    else {
-        bool any = false;
+    index_t highest_row = 0;
+    for (const index_t row : group.rows) highest_row = std::max(highest_row, row);
+    if (!piece.masked && highest_row < query_length && end == first + block.keys) {
+        block.lanes.begin.fill(0);
+        block.lanes.end.fill(block.keys);
+    } else {
+        index_t all_begin = 0, all_end = block.keys, any = 0;
         for (std::size_t lane = 0; lane < group_size; ++lane) {
-            Bounds bounds{std::max(piece.lanes[lane].begin, first) - first, std::min(piece.lanes[lane].end, end) - first};
-            if (bounds.empty() || group.rows[lane] >= query_length) bounds = {};
-            block.lanes[lane] = bounds;
-            block.all_begin = std::max(block.all_begin, bounds.begin);
-            block.all_end = std::min(block.all_end, bounds.end);
-            any |= bounds.end > 0;
+            index_t from = std::max(piece.lanes.begin[lane], first) - first, to = std::min(piece.lanes.end[lane], end) - first;
+            const bool nothing = (to <= from) | (group.rows[lane] >= query_length);
+            from = nothing ? 0 : from;
+            to = nothing ? 0 : to;
+            block.lanes.begin[lane] = from;
+            block.lanes.end[lane] = to;
+            all_begin = std::max(all_begin, from);
+            all_end = std::min(all_end, to);
+            any = std::max(any, to);
         }
-        if (!any) {
+        if (any == 0) {
             block.keys = 0;
             return block;
         }
-        if (block.all_end < block.all_begin) block.all_begin = block.all_end = 0;
+        block.all_begin = all_begin <= all_end ? all_begin : 0;
+        block.all_end = all_begin <= all_end ? all_end : 0;
     }
     if (!tile.excluded.empty()) {
         const auto from = std::lower_bound(tile.excluded.begin(), tile.excluded.end(), block.key(0));
@@ -196,8 +202,8 @@ POLYATTN_NOINLINE void score_block(const Block& block, const Head<T, Bias>& head
     alignas(64) T begin[group_size], end[group_size];
     if (block.masked)
         for (std::size_t lane = 0; lane < group_size; ++lane) {
-            begin[lane] = static_cast<T>(block.lanes[lane].begin);
-            end[lane] = static_cast<T>(block.lanes[lane].end);
+            begin[lane] = static_cast<T>(block.lanes.begin[lane]);
+            end[lane] = static_cast<T>(block.lanes.end[lane]);
         }
     state.weights = weights;
     const auto tile = [&]<int M>(std::integral_constant<int, M>, index_t p) POLYATTN_INLINE_LAMBDA {

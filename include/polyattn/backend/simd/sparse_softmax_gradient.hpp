@@ -17,48 +17,58 @@ struct WeightGradientTerm {
 
 /// Sums over all queries for each key, [keys][columns]: one partial result for each chunk of the schedule, added up in order at the end.
 /// The chunks are the plan's, so every number of threads adds in the same order, without atomics.
-template <class T>
+template <class T, class A>
 class KeySums {
 public:
-    KeySums(const Schedule& schedule, index_t keys, index_t columns, T* out, std::ptrdiff_t out_stride, const Workers& workers)
-        : keys_(keys), columns_(columns), chunks_(schedule.chunks()), out_(out), out_stride_(out_stride) {
-        if (chunks_ > 1) parts_ = workers[0].template take<T>(offset_t{keys} * columns * chunks_);
+    KeySums(const Schedule& schedule, index_t keys, index_t columns, T* out, const Workers& workers)
+        : schedule_(schedule), columns_(columns), chunks_(schedule.chunks()), out_(out), keys_(keys) {
+        if (chunks_ > 1) {
+            parts_ = workers[0].template take<T*>(chunks_);
+            for (int c = 0; c < chunks_; ++c) {
+                const Bounds range = schedule.chunk_keys(c);
+                parts_[static_cast<std::size_t>(c)] = workers[0].template take<T>(offset_t{range.size()} * columns).data() - offset_t{range.begin} * columns;
+            }
+        }
         scattered_ = workers[0].template take<ScatteredRows<T>>(workers.count());
         for (int w = 0; w < workers.count(); ++w) (scattered_[static_cast<std::size_t>(w)] = {}).prepare(schedule.list_capacity(), columns, workers[w]);
     }
 
     void start(offset_t chunk) {
-        for (index_t j = 0; j < keys_; ++j) std::fill_n(data(chunk) + j * stride(), columns_, T(0));
+        const Bounds range = chunks_ > 1 ? schedule_.chunk_keys(static_cast<int>(chunk)) : Bounds{0, keys_};
+        std::fill_n(data(chunk) + offset_t{range.begin} * columns_, offset_t{range.size()} * columns_, T(0));
     }
-    /// Where sums for the positions of a key sequence are added to, and their stride.
-    std::pair<T*, std::ptrdiff_t> rows(offset_t chunk, int worker, const IndexSequence& keys, int slot) {
-        std::ptrdiff_t to_stride;
-        T* const to = scattered_[static_cast<std::size_t>(worker)].get(keys, slot, data(chunk), stride(), to_stride);
-        return {to, to_stride};
+    /// Where sums for the positions of a key sequence are added to.
+    T* rows(offset_t chunk, int worker, const IndexSequence& keys, int slot) {
+        std::ptrdiff_t stride;
+        return scattered_[static_cast<std::size_t>(worker)].get(keys, slot, data(chunk), columns_, stride);
     }
-    void finish(offset_t chunk, int worker) { scattered_[static_cast<std::size_t>(worker)].flush(data(chunk), stride()); }
+    void finish(offset_t chunk, int worker) { scattered_[static_cast<std::size_t>(worker)].flush(data(chunk), columns_); }
     /// Adds up the chunks of key j.
     void join(index_t j) {
+        using V = Vec<T, A>;
         if (chunks_ == 1) return;
-        T* const to = out_ + j * out_stride_;
-        const T* const from = parts_.data() + offset_t{j} * columns_;
-        const offset_t size = offset_t{keys_} * columns_;
-        for (index_t c = 0; c < columns_; ++c) {
-            T sum = from[c];
-            for (int part = 1; part < chunks_; ++part) sum += from[part * size + c];
-            to[c] = sum;
+        T* const to = out_ + offset_t{j} * columns_;
+        bool started = false;
+        for (int c = 0; c < chunks_; ++c) {
+            const Bounds range = schedule_.chunk_keys(c);
+            if (j < range.begin || j >= range.end) continue;
+            const T* const from = parts_[static_cast<std::size_t>(c)] + offset_t{j} * columns_;
+            if (started) map_row<T, A>(from, to, columns_, [](V x, V y) POLYATTN_INLINE_LAMBDA { return y + x; });
+            else std::copy_n(from, columns_, to);
+            started = true;
         }
+        if (!started) std::fill_n(to, columns_, T(0));
     }
 
 private:
-    T* data(offset_t chunk) { return chunks_ > 1 ? parts_.data() + chunk * keys_ * columns_ : out_; }
-    std::ptrdiff_t stride() const { return chunks_ > 1 ? columns_ : out_stride_; }
+    T* data(offset_t chunk) { return chunks_ > 1 ? parts_[static_cast<std::size_t>(chunk)] : out_; }
 
-    index_t keys_, columns_;
+    const Schedule& schedule_;
+    index_t columns_;
     int chunks_;
     T* out_;
-    std::ptrdiff_t out_stride_;
-    std::span<T> parts_;
+    index_t keys_;
+    std::span<T*> parts_;
     std::span<ScatteredRows<T>> scattered_;
 };
 
@@ -118,11 +128,11 @@ public:
     /// The dense part of A^T needs the weights only, so it can share its pass with the gradient of the weights.
     bool shares_passes() const { return !stored_ && !head_.dropout.drops_weights(); }
 
-    /// out = A^T x over all keys; rows of x without keys must be 0.
-    void apply_transposed(Rows<T> x, T* out, std::ptrdiff_t out_stride) {
+    /// out [keys][columns] = A^T x; rows of x without keys must be 0.
+    void apply_transposed(Rows<T> x, T* out) {
         const Workers memory = workers_.nested();
         if (masked_) bad_x_.template mark<A>(x, head_.q.rows, columns_, memory[0]);
-        KeySums<T> sums(schedule_, plan_.keys(), columns_, out, out_stride, memory);
+        KeySums<T, A> sums(schedule_, plan_.keys(), columns_, out, memory);
         const auto buffers = take_buffers(memory, !stored_, false);
         for_each_chunk([&](offset_t chunk, int worker) {
             Scratch& scratch = scratch_[static_cast<std::size_t>(worker)];
@@ -141,7 +151,7 @@ public:
         });
         for_each_key([&](index_t j) { sums.join(j); });
         bad_x_ = {};
-        add_transposed_edges(x, T(1), columns_, out, out_stride);
+        add_transposed_edges(x, T(1), columns_, out);
     }
 
     /// From dL/dA (as terms) and row_means[i] = sum_j A_ij dL/dA_ij to the gradients of q, k and the bias, which are added. With
@@ -184,9 +194,9 @@ public:
         std::fill(bias_parts.begin(), bias_parts.end(), 0.);
 
         T* const d_k = arena.take<T>(offset_t{head_.k.rows} * dim_).data();
-        KeySums<T> k_sums(schedule_, plan_.keys(), dim_, d_k, dim_, workers_);
-        std::optional<KeySums<T>> v_sums;
-        if (d_v) v_sums.emplace(schedule_, plan_.keys(), columns_, d_v, columns_, workers_);
+        KeySums<T, A> k_sums(schedule_, plan_.keys(), dim_, d_k, workers_);
+        std::optional<KeySums<T, A>> v_sums;
+        if (d_v) v_sums.emplace(schedule_, plan_.keys(), columns_, d_v, workers_);
         for_each_chunk([&](offset_t chunk, int worker) {
             Scratch& scratch = scratch_[static_cast<std::size_t>(worker)];
             Buffers& own = buffers[static_cast<std::size_t>(worker)];
@@ -225,8 +235,7 @@ public:
                     if (started[slot])
                         Base::for_each_lane(group_of(unit, slot), [&](std::size_t lane, index_t row) {
                             if (!this->is_alive(row)) return;
-                            const T* from = own.d_query + slot * query_size + lane * static_cast<std::size_t>(dim_);
-                            for (index_t c = 0; c < head_.q.cols; ++c) gradient.d_q(row, c) += scale * from[c];
+                            add_row<A>(gradient.d_q, row, scale, own.d_query + slot * query_size + lane * static_cast<std::size_t>(dim_));
                         });
             }
             k_sums.finish(chunk, worker);
@@ -237,12 +246,11 @@ public:
             if (v_sums) v_sums->join(j);
         });
         bad_x_ = {};
-        if (d_v) add_transposed_edges(terms[0].g, T(1), columns_, d_v, columns_);
+        if (d_v) add_transposed_edges(terms[0].g, T(1), columns_, d_v);
         edge_gradients(terms, row_means, q, k, scale, gradient, d_k);
         for (std::size_t part = 0; part < static_cast<std::size_t>(schedule_.chunks()); ++part)
             for (std::size_t b = 0; b < bias_size; ++b) gradient.bias_gradient[b] += bias_parts[part * bias_size + b];
-        for (index_t j = 0; j < head_.k.rows; ++j)
-            for (index_t c = 0; c < head_.k.cols; ++c) gradient.d_k(j, c) += d_k[offset_t{j} * dim_ + c];
+        for_each_key([&](index_t j) { add_row<A>(gradient.d_k, j, T(1), d_k + offset_t{j} * dim_); });
     }
 
 private:
@@ -309,9 +317,8 @@ private:
 
     /// sums += weights^T x for the blocks of a unit; `packed` are the groups' rows of factor * x.
     void add_transposed(const Unit& unit, std::span<const UnitBlock> blocks, Bounds range, T* UnitBlock::*weights, Rows<T> x, T factor, index_t columns, const T* packed,
-                        const NonFiniteRows& non_finite, KeySums<T>& sums, offset_t chunk, int worker) const {
-        const auto [first_row, stride] = sums.rows(chunk, worker, blocks[0].block.tile->keys, blocks[0].piece->list_slot);
-        T* const to = first_row + range.begin * stride;
+                        const NonFiniteRows& non_finite, KeySums<T, A>& sums, offset_t chunk, int worker) const {
+        T* const to = sums.rows(chunk, worker, blocks[0].block.tile->keys, blocks[0].piece->list_slot) + offset_t{range.begin} * columns;
         WeightPlane<T> planes[Schedule::most_groups];
         Bounds keys{range.size(), 0};
         for (std::size_t b = 0; b < blocks.size(); ++b) {
@@ -320,9 +327,10 @@ private:
             planes[b] = {at.*weights, packed + at.slot * static_cast<std::size_t>(columns) * group_size, {first, first + at.block.keys}, at.block.mask()};
             keys = {std::min(keys.begin, first), std::max(keys.end, first + at.block.keys)};
         }
-        transposed_sum<T, A>(std::span<const WeightPlane<T>>(planes, blocks.size()), keys, columns, columns, to, stride);
+        transposed_sum<T, A>(std::span<const WeightPlane<T>>(planes, blocks.size()), keys, columns, columns, to, columns);
         for (const UnitBlock& at : blocks)
-            add_non_finite_lanes(group_of(unit, at.slot), at.block, at.*weights, x, factor, columns, non_finite, to + (at.block.first - range.begin) * stride, stride);
+            add_non_finite_lanes(group_of(unit, at.slot), at.block, at.*weights, x, factor, columns, non_finite,
+                                 to + offset_t{at.block.first - range.begin} * columns, columns);
     }
 
     /// 16 rows of x times `factor`, [16][columns]; idle lanes, dead rows and rows that are not finite are 0.
@@ -331,7 +339,7 @@ private:
             T* to = packed + lane * static_cast<std::size_t>(columns);
             const index_t row = group.rows[lane];
             if ((group.active >> lane & 1) && this->is_alive(row) && !non_finite[row])
-                for (index_t c = 0; c < columns; ++c) to[c] = factor * x.row(row)[c];
+                scale_row<T, A>(x.row(row), factor, columns, to);
             else std::fill_n(to, columns, T(0));
         }
     }
@@ -356,7 +364,7 @@ private:
     }
 
     /// out += factor * (weights of the edges)^T x, with transposed_weights_.
-    void add_transposed_edges(Rows<T> x, T factor, index_t columns, T* out, std::ptrdiff_t out_stride) {
+    void add_transposed_edges(Rows<T> x, T factor, index_t columns, T* out) {
         using V = Vec<T, A>;
         constexpr int width = Tiles::lanes;
         if (!has_edges_) return;
@@ -375,7 +383,7 @@ private:
                 V sum[N];
                 unroll<N>([&](auto v) POLYATTN_INLINE_LAMBDA { sum[v] = V(T(0)); });
                 gather_sum<N, T, A>(sum, rows + first, transposed_weights_.data() + first, last - first, parts.part(p), this->known_edges(first, ahead));
-                T* const to = out + j * out_stride + p * Parts<T>::part_columns;
+                T* const to = out + offset_t{j} * columns + p * Parts<T>::part_columns;
                 unroll<N>([&](auto v) POLYATTN_INLINE_LAMBDA { multiply_add(V(factor), sum[v], V::load_unaligned(to + v * width)).store_unaligned(to + v * width); });
             });
         });
@@ -455,10 +463,10 @@ private:
         edge_weights_ = d_scores;
         this->sum_edges(keys, scale, d_query.data(), dim_, nullptr);
         this->for_each_row([&](index_t i) {
-            for (index_t c = 0; c < head_.q.cols; ++c) gradient.d_q(i, c) += d_query[static_cast<std::size_t>(i) * static_cast<std::size_t>(dim_) + static_cast<std::size_t>(c)];
+            add_row<A>(gradient.d_q, i, T(1), d_query.data() + offset_t{i} * dim_);
         });
         transpose_edges(plan_.template lowered<TransposedEdges>(), d_scores);
-        add_transposed_edges(q, scale, dim_, d_k, dim_);
+        add_transposed_edges(q, scale, dim_, d_k);
         if constexpr (LearnedBias<Bias>)
             for (index_t i = 0; i < head_.q.rows; ++i) {
                 if (!this->is_alive(i)) continue;

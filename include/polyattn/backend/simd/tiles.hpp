@@ -136,12 +136,13 @@ void weighted_sum(const T* weights, const T* x, std::ptrdiff_t x_stride, index_t
     static_assert(group_size % K::rows == 0);
     Bounds seen[group_size / K::rows];
     for (int part = 0; part < group_size / K::rows; ++part) {
-        Bounds& span = seen[part] = {lanes ? keys : 0, lanes ? 0 : keys};
+        index_t begin = lanes ? keys : 0, end = lanes ? 0 : keys;
         for (int i = 0; lanes && i < K::rows; ++i) {
-            const Bounds lane = (*lanes)[static_cast<std::size_t>(part * K::rows + i)];
-            if (!lane.empty()) span = {std::min(span.begin, lane.begin), std::max(span.end, lane.end)};
+            const auto lane = static_cast<std::size_t>(part * K::rows + i);
+            begin = std::min(begin, lanes->end[lane] > 0 ? lanes->begin[lane] : keys);
+            end = std::max(end, lanes->end[lane]);
         }
-        if (span.empty()) span = {0, 0};
+        seen[part] = begin < end ? Bounds{begin, end} : Bounds{};
     }
     for_column_panels<K::columns, K::lanes>(columns, [&](auto width, index_t column) POLYATTN_INLINE_LAMBDA {
         for (int part = 0; part < group_size / K::rows; ++part) {
@@ -156,7 +157,7 @@ void weighted_sum(const T* weights, const T* x, std::ptrdiff_t x_stride, index_t
 /// Queries [first, last) of the 16 that see any of the keys [begin, end).
 inline std::pair<int, int> lanes_that_see(const Lanes& lanes, index_t begin, index_t end) {
     std::uint32_t seen = 0;
-    for (std::size_t lane = 0; lane < group_size; ++lane) seen |= static_cast<std::uint32_t>(lanes[lane].begin < end && lanes[lane].end > begin) << lane;
+    for (std::uint32_t lane = 0; lane < group_size; ++lane) seen |= static_cast<std::uint32_t>((lanes.begin[lane] < end) & (lanes.end[lane] > begin)) << lane;
     return {std::countr_zero(seen | 1u << group_size), std::bit_width(seen)};
 }
 
