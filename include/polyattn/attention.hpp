@@ -3,6 +3,7 @@
 #include <polyattn/backend/head.hpp>
 #include <polyattn/backend/reference/attention.hpp>
 #include <polyattn/backend/simd/attention.hpp>
+#include <polyattn/backend/simd/decode.hpp>
 #include <polyattn/interface/adapt.hpp>
 #include <polyattn/policy/set.hpp>
 
@@ -412,6 +413,24 @@ private:
         Workspace& workspace = options.workspace ? *options.workspace : own;
         const index_t group = k.heads() == 0 ? 1 : q.heads() / k.heads();
         const auto lines = static_cast<offset_t>(recursion_.hops.size()) * q.tokens() * v.dim();
+        if constexpr (!std::is_same_v<Backend, Reference>)
+            if (q.tokens() == 1 && k.heads() > 0 && detail::simd::is_decoding(make_head<T>(q, k, v, plan, bound, options, 0, 0, 0))) {
+                // Heads that share keys read them once.
+                for_each_item(offset_t{k.batch()} * k.heads(), workspace, options.workspace != nullptr, [&](offset_t item, detail::Workers& workers) {
+                    using Head = decltype(make_head<T>(q, k, v, plan, bound, options, 0, 0, 0));
+                    const auto heads = workers[0].template take<Head>(group);
+                    const auto results = workers[0].template take<detail::HeadResult<T>>(group);
+                    const auto b = static_cast<index_t>(item / k.heads()), kh = static_cast<index_t>(item % k.heads());
+                    for (index_t m = 0; m < group; ++m) {
+                        const index_t h = kh * group + m;
+                        const offset_t line = offset_t{b} * q.heads() + h;
+                        heads[static_cast<std::size_t>(m)] = make_head<T>(q, k, v, plan, bound, options, b, h, kh);
+                        results[static_cast<std::size_t>(m)] = {out.head(b, h), accumulate, logsumexp ? logsumexp + line : nullptr, hops ? hops + line * lines : nullptr};
+                    }
+                    detail::simd::decode<Arch>(std::span<const Head>(heads), std::span<const detail::HeadResult<T>>(results), workers);
+                });
+                return;
+            }
         for_each_item(offset_t{q.batch()} * q.heads(), workspace, options.workspace != nullptr, [&](offset_t item, detail::Workers& workers) {
             const auto b = static_cast<index_t>(item / q.heads()), h = static_cast<index_t>(item % q.heads());
             const auto head = make_head<T>(q, k, v, plan, bound, options, b, h, h / group);

@@ -32,6 +32,23 @@ T exp2_in_place(std::span<T> x, T shift) {
     return lane_sum(sum);
 }
 
+/// The highest of x and `least`.
+template <class T, class A>
+T highest_of(std::span<const T> x, T least) {
+    using V = Vec<T, A>;
+    constexpr std::size_t width = V::size;
+    std::size_t e = 0;
+    if (x.size() >= width) {
+        V highest(least);
+        for (; e + width <= x.size(); e += width) highest = xsimd::max(V::load_unaligned(&x[e]), highest);
+        alignas(64) T lane[width];
+        highest.store_aligned(lane);
+        for (const T value : lane) least = std::max(least, value);
+    }
+    for (; e < x.size(); ++e) least = std::max(least, x[e]);
+    return least;
+}
+
 template <class T, class A, class Bias>
 class SparseSoftmax {
 public:
@@ -85,7 +102,7 @@ public:
             finish_unit(unit, scratch, wants_logsumexp || !stored_);
         });
         for_each_row([&](index_t i) {
-            if (!rows_are_lanes() || schedule_.slots(i).empty()) finish_row(i);
+            if (!rows_are_lanes() || schedule_.slots(i).empty()) finish_row(i, wants_logsumexp || !stored_);
         });
     }
 
@@ -95,7 +112,7 @@ public:
         score_edges();
         start(x, false);
         for_each_row([&](index_t i) {
-            if (schedule_.slots(i).empty()) finish_row(i);
+            if (schedule_.slots(i).empty()) finish_row(i, wants_logsumexp);
         });
         start_rows(v, hop, out, out_stride);
         for_each_unit([&](const Unit& unit, Scratch& scratch) {
@@ -106,7 +123,7 @@ public:
             });
             finish_unit(unit, scratch, wants_logsumexp);
             if (!rows_are_lanes())
-                for (std::size_t g = unit.first; g < unit.last; ++g) for_each_lane(schedule_.groups()[g], [&](std::size_t, index_t row) { finish_row(row); });
+                for (std::size_t g = unit.first; g < unit.last; ++g) for_each_lane(schedule_.groups()[g], [&](std::size_t, index_t row) { finish_row(row, wants_logsumexp); });
             store_unit(unit, scratch, v, hop, out, out_stride);
         });
         add_edges(hop, out, out_stride, false);
@@ -379,20 +396,20 @@ protected:
     }
 
     /// Joins a row's lanes and edges: its logsumexp, the factors of its lanes, the weights of its edges.
-    void finish_row(index_t i) {
+    void finish_row(index_t i, bool wants_logsumexp) {
         const auto at = static_cast<std::size_t>(i);
         const std::span<T> scores = edges_of(edge_weights_, i);
         const auto slots = schedule_.slots(i);
         T highest = no_reference<T>, total = 0;
         for (const offset_t slot : slots)
             if (!is_zero(lane_factor_[static_cast<std::size_t>(slot)])) highest = std::max(highest, lane_reference_[static_cast<std::size_t>(slot)]);
-        for (const T score : scores) highest = std::max(highest, score);
+        highest = highest_of<T, A>(scores, highest);
         const auto rebase = [&](offset_t slot) { return std::exp2(lane_reference_[static_cast<std::size_t>(slot)] - highest); };
         for (const offset_t slot : slots)
             if (!is_zero(lane_factor_[static_cast<std::size_t>(slot)])) total += lane_factor_[static_cast<std::size_t>(slot)] * rebase(slot);
         if (!scores.empty()) total += exp2_in_place<T, A>(scores, highest);
         alive_[at] = i < head_.query_length && !is_zero(total);
-        logsumexp_[at] = is_alive(i) ? highest + std::log2(total) : T(0);
+        if (wants_logsumexp) logsumexp_[at] = is_alive(i) ? highest + std::log2(total) : T(0);
         const T factor = is_alive(i) ? 1 / total : T(0);
         for (const offset_t slot : slots) {
             T& lane = lane_factor_[static_cast<std::size_t>(slot)];
@@ -402,14 +419,13 @@ protected:
     }
 
     void finish_edges(index_t i, T factor) {
-        const auto [first, last] = edge_range(i);
-        for (offset_t e = first; e < last; ++e) {
-            const auto at = static_cast<std::size_t>(e);
-            const T weight = is_alive(i) ? edge_weights_[at] * factor : T(0);
-            plain_edge_weights_[at] = weight;
-            if (head_.dropout.drops_weights()) edge_weights_[at] = weight * static_cast<T>(head_.dropout.weight(i, plan_.edges().keys[at]));
-            else edge_weights_[at] = weight;
-        }
+        const std::span<T> weights = edges_of(edge_weights_, i), plain = edges_of(plain_edge_weights_, i);
+        if (!is_alive(i)) std::fill(plain.begin(), plain.end(), T(0));
+        else if (!is_zero(factor - 1)) scale_row<T, A>(weights.data(), factor, static_cast<index_t>(weights.size()), plain.data());
+        else if (plain.data() != weights.data()) std::copy(weights.begin(), weights.end(), plain.begin());
+        if (!head_.dropout.drops_weights()) return;
+        for (std::size_t e = 0; e < weights.size(); ++e)
+            weights[e] = plain[e] * static_cast<T>(head_.dropout.weight(i, plan_.edges().keys[static_cast<std::size_t>(edge_range(i).first) + e]));
     }
 
     // --- A x ---

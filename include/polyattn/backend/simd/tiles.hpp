@@ -20,7 +20,7 @@ struct Tiling {
     static constexpr int score_keys = registers == 32 ? 16 / group_vectors : group_vectors == 1 ? 12 : group_vectors == 2 ? 6 : group_vectors == 4 ? 2 : 1;
     /// Rows and vectors of columns of an output tile.
     static constexpr int rows = registers == 32 ? 8 : 4;
-    static constexpr int columns = registers == 32 ? 3 : 2;
+    static constexpr int columns = 3;
     /// Keys whose weights are worked on at once: of one group of queries, so that a window of 512 is one block ..
     static constexpr int key_block = sizeof(T) == 4 ? 544 : 272;
     /// .. and of several groups, so that the keys and values stay in the second-level cache meanwhile.
