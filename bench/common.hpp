@@ -15,55 +15,106 @@ using Arch = xsimd::default_arch;
 
 inline double seconds() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
 
-/// Fused multiply-adds in registers, flops a second of one thread: the best of a few bursts.
+inline double median(std::vector<double> values) {
+    if (values.empty()) return 0;
+    std::sort(values.begin(), values.end());
+    return values[values.size() / 2];
+}
+inline void use_threads([[maybe_unused]] int count) {
+#if defined(_OPENMP)
+    omp_set_num_threads(count);
+#endif
+}
+
+/// Fused multiply-adds in registers: flops a second of one thread in a burst of about half a millisecond.
 template <class T = float>
-double measure_peak() {
+double fma_burst() {
     using V = xsimd::batch<T, Arch>;
     constexpr int chains = 12;
-    double best = 0;
-    for (int burst = 0; burst < 12; ++burst) {
-        V acc[chains];
-        for (int i = 0; i < chains; ++i) acc[i] = V(T(i));
-        const V a(T(.999)), b(T(.001));
-        constexpr long rounds = 200000;
-        const double start = seconds();
-        for (long r = 0; r < rounds; ++r) detail::simd::unroll<chains>([&](auto i) POLYATTN_INLINE_LAMBDA { acc[i] = detail::simd::multiply_add(acc[i], a, b); });
-        const double time = seconds() - start;
-        T sink[V::size];
-        for (V& v : acc) {
-            v.store_unaligned(sink);
-            benchmark::DoNotOptimize(sink);
-        }
-        best = std::max(best, double(rounds) * chains * 2 * V::size / time);
-    }
-    return best;
+    constexpr long rounds = 200000;
+    V acc[chains];
+    detail::simd::unroll<chains>([&](auto i) POLYATTN_INLINE_LAMBDA { acc[i] = V(T(i)); });
+    const V a(T(.999)), b(T(.001));
+    const double start = seconds();
+    for (long r = 0; r < rounds; ++r) detail::simd::unroll<chains>([&](auto i) POLYATTN_INLINE_LAMBDA { acc[i] = detail::simd::multiply_add(acc[i], a, b); });
+    const double time = seconds() - start;
+    // Through one sum: an accumulator with an address would live in memory.
+    V total(T(0));
+    detail::simd::unroll<chains>([&](auto i) POLYATTN_INLINE_LAMBDA { total = total + acc[i]; });
+    T sink[V::size];
+    total.store_unaligned(sink);
+    benchmark::DoNotOptimize(sink);
+    return double(rounds) * chains * 2 * V::size / time;
 }
-/// Measured anew for each benchmark, since clocks move.
 template <class T = float>
-double peak() { return measure_peak<T>(); }
+double fma_peak(int bursts = 12) {
+    std::vector<double> rates;
+    for (int b = 0; b < bursts; ++b) rates.push_back(fma_burst<T>());
+    return median(std::move(rates));
+}
 
-/// Bytes a second of reading `bytes` of memory again and again, one thread.
-inline double read_rate(std::size_t bytes) {
-    using V = xsimd::batch<float, Arch>;
-    constexpr std::size_t step = 8 * V::size;
-    std::vector<float> memory(std::max(bytes / sizeof(float), step), 1.f);
-    const std::size_t count = memory.size() / step * step;
-    double best = 0;
-    for (int burst = 0; burst < 5; ++burst) {
-        const int passes = static_cast<int>(std::max<std::size_t>(1, (std::size_t{64} << 20) / bytes));
-        V acc[8];
-        for (V& v : acc) v = V(0.f);
+/// Bytes a second of reading a footprint again and again, one thread.
+class ReadProbe {
+public:
+    explicit ReadProbe(std::size_t bytes) : memory_(std::max(bytes / sizeof(float) / step * step, step), 1.f) {}
+    double burst() {
+        const std::size_t bytes = memory_.size() * sizeof(float);
+        read();  // what ran before may have taken the caches
+        const int passes = static_cast<int>(std::max<std::size_t>(2, (std::size_t{16} << 20) / bytes));
         const double start = seconds();
-        for (int pass = 0; pass < passes; ++pass) {
-            for (std::size_t i = 0; i < count; i += step)
-                detail::simd::unroll<8>([&](auto u) POLYATTN_INLINE_LAMBDA { acc[u] = acc[u] + V::load_unaligned(&memory[i + static_cast<std::size_t>(u) * V::size]); });
-            benchmark::ClobberMemory();
-        }
-        const double time = seconds() - start;
-        for (V& v : acc) benchmark::DoNotOptimize(v);
-        best = std::max(best, double(passes) * double(count) * sizeof(float) / time);
+        for (int pass = 0; pass < passes; ++pass) read();
+        return double(passes) * double(bytes) / (seconds() - start);
     }
-    return best;
+    double rate(int bursts = 9) {
+        burst();
+        std::vector<double> rates;
+        for (int b = 0; b < bursts; ++b) rates.push_back(burst());
+        return median(std::move(rates));
+    }
+
+private:
+    using V = xsimd::batch<float, Arch>;
+    static constexpr std::size_t step = 8 * V::size;
+    void read() const {
+        V acc[8];
+        detail::simd::unroll<8>([&](auto u) POLYATTN_INLINE_LAMBDA { acc[u] = V(0.f); });
+        for (std::size_t i = 0; i < memory_.size(); i += step)
+            detail::simd::unroll<8>([&](auto u) POLYATTN_INLINE_LAMBDA { acc[u] = acc[u] + V::load_unaligned(&memory_[i + static_cast<std::size_t>(u) * V::size]); });
+        V total(0.f);
+        detail::simd::unroll<8>([&](auto u) POLYATTN_INLINE_LAMBDA { total = total + acc[u]; });
+        float sink[V::size];
+        total.store_unaligned(sink);
+        benchmark::DoNotOptimize(sink);
+    }
+    std::vector<float> memory_;
+};
+
+/// Medians of the time of f() and of the limit that is sampled before each call.
+struct Medians {
+    double time, limit;
+};
+template <class F, class Limit>
+Medians time_calls(benchmark::State& state, F&& f, Limit&& limit) {
+    std::vector<double> times, limits;
+    f();
+    for (auto _ : state) {
+        limits.push_back(limit());
+        const double start = seconds();
+        f();
+        times.push_back(seconds() - start);
+        state.SetIterationTime(times.back());
+    }
+    return {median(std::move(times)), median(std::move(limits))};
+}
+
+/// `share` of a limit that should reach `least`, or a `ratio` that should stay below `most`: what bench_summary prints.
+inline void report_share(benchmark::State& state, double share, double least) {
+    state.counters["share"] = share;
+    if (least > 0) state.counters["target"] = least;
+}
+inline void report_ratio(benchmark::State& state, double ratio, double most) {
+    state.counters["ratio"] = ratio;
+    if (most > 0) state.counters["most"] = most;
 }
 
 template <class T = float>
@@ -119,25 +170,27 @@ std::string check_forward(const Layer& layer, const Plan& plan, const Tensor<T>&
     return {};
 }
 
-/// Times layer.into() on one head, one call an iteration, with plan and workspace reused. `flops` useful ones a call.
+/// Times layer.into() on one head, one thread, with plan and workspace reused: useful flops against the FMA peak.
 template <class T = float, class Layer>
-void run_forward(benchmark::State& state, const Layer& layer, index_t n, index_t d) {
-#if defined(_OPENMP)
-    omp_set_num_threads(1);
-#endif
+Medians run_forward(benchmark::State& state, const Layer& layer, index_t n, index_t d, double least = 0) {
+    use_threads(1);
     const auto q = random_tensor<T>({n, d}, 1), k = random_tensor<T>({n, d}, 2), v = random_tensor<T>({n, d}, 3);
     Tensor<T> out({n, d});
     Workspace workspace;
     CallOptions options{.plan = layer.plan(n, n), .workspace = &workspace};
     layer.into(out.view(), q.view(), k.view(), v.view(), options);
-    if (const std::string wrong = check_forward(layer, *options.plan, q, k, v, out); !wrong.empty()) return state.SkipWithError(wrong.c_str());
-    const double limit = peak<T>();
-    for (auto _ : state) layer.into(out.view(), q.view(), k.view(), v.view(), options);
+    if constexpr (std::is_same_v<std::remove_cvref_t<decltype(layer.bias())>, NoBias>)
+        if (const std::string wrong = check_forward(layer, *options.plan, q, k, v, out); !wrong.empty()) {
+            state.SkipWithError(wrong.c_str());
+            return {};
+        }
+    const Medians medians = time_calls(state, [&] { layer.into(out.view(), q.view(), k.view(), v.view(), options); }, fma_burst<T>);
     const double flops = 2. * d * double(options.plan->count()) * double(1 + layer.recursion().hops.size());
-    state.counters["GF/s"] = benchmark::Counter(flops / 1e9, benchmark::Counter::kIsIterationInvariantRate);
-    state.counters["of_peak"] = benchmark::Counter(flops / limit, benchmark::Counter::kIsIterationInvariantRate);
-    state.counters["peak_GF/s"] = limit / 1e9;
+    state.counters["GF/s"] = flops / medians.time / 1e9;
+    state.counters["peak_GF/s"] = medians.limit / 1e9;
     state.counters["scratch_MB"] = double(workspace.capacity()) / 1e6;
+    report_share(state, flops / medians.time / medians.limit, least);
+    return medians;
 }
 
 }  // namespace bench

@@ -20,6 +20,16 @@ inline int worker_count() {
 #endif
 }
 
+namespace detail {
+
+/// Out of line, so that the body is compiled once for the parallel and the serial loop.
+template <class Body>
+POLYATTN_NOINLINE void call_body(Body& body, offset_t i, int worker) {
+    body(i, worker);
+}
+
+}  // namespace detail
+
 /// Calls body(i, worker) once for every i of [0, count), worker < worker_count(). Nested calls run serially. The first
 /// exception a body throws is rethrown to the caller after all threads have stopped. Which thread takes which i is open,
 /// so a body must not let its result depend on it.
@@ -39,7 +49,7 @@ void parallel_for(offset_t count, Body&& body) {
                 stop = failed;
                 if (stop) continue;
                 try {
-                    body(i, worker);
+                    detail::call_body(body, i, worker);
                 } catch (...) {
 #pragma omp critical(polyattn_failure)
                     if (!failure) failure = std::current_exception();
@@ -52,7 +62,7 @@ void parallel_for(offset_t count, Body&& body) {
         return;
     }
 #endif
-    for (offset_t i = 0; i < count; ++i) body(i, 0);
+    for (offset_t i = 0; i < count; ++i) detail::call_body(body, i, 0);
 }
 
 POLYATTN_END_NAMESPACE

@@ -42,57 +42,23 @@ void for_each_key_run(const Plan& plan, index_t key_length, F&& f) {
     emit({edges.data(), 0, static_cast<index_t>(std::lower_bound(edges.begin(), edges.end(), key_length) - edges.begin())});
 }
 
-/// scores[m][p] = query m . row p for M queries and lanes / M rows.
-template <int M, class T, class A>
-POLYATTN_ALWAYS_INLINE void few_rows_scores(const T* queries, const T* const (&rows)[lanes<T, A>], int first, index_t dim, T* scores, index_t stride) {
+/// sums[columns] += sum over p < count of weights[p] * x[keys[p]], N vectors of columns.
+template <int N, class T, class A>
+POLYATTN_ALWAYS_INLINE void one_row_tile(const T* weights, const KeyRun& keys, index_t first, index_t count, Rows<T> x, T* sums, index_t column) {
     using V = Vec<T, A>;
-    constexpr int width = lanes<T, A>, keys = width / M;
-    V product[width];
-    unroll<width>([&](auto l) POLYATTN_INLINE_LAMBDA { product[l] = V(T(0)); });
-    for (index_t c = 0; c < dim; c += width) {
-        V row[keys];
-        unroll<keys>([&](auto l) POLYATTN_INLINE_LAMBDA { row[l] = V::load_unaligned(rows[first + l] + c); });
-        unroll<M>([&](auto m) POLYATTN_INLINE_LAMBDA {
-            const V query = V::load_aligned(queries + m * dim + c);
-            unroll<keys>([&](auto l) POLYATTN_INLINE_LAMBDA { product[m * keys + l] = multiply_add(query, row[l], product[m * keys + l]); });
-        });
-    }
-    if constexpr (M == 1) lane_sums<T, A>(product).store_aligned(scores + first);
-    else {
-        alignas(64) T sums[width];
-        lane_sums<T, A>(product).store_aligned(sums);
-        unroll<M>([&](auto m) POLYATTN_INLINE_LAMBDA { std::copy_n(sums + m * keys, keys, scores + m * stride + first); });
-    }
-}
-
-/// sums[m][columns] += sum over p < count of weights[m][p] * x[keys[p]], M rows of weights, N vectors of columns.
-template <int M, int N, class T, class A>
-POLYATTN_ALWAYS_INLINE void few_rows_tile(const T* weights, index_t weight_stride, const KeyRun& keys, index_t first, index_t count, Rows<T> x, index_t column, T* sums,
-                                          index_t columns) {
-    using V = Vec<T, A>;
-    constexpr int width = lanes<T, A>, sets = M == 1 ? 2 : 1;
-    V acc[sets][M][N];
-    unroll<M>([&](auto m) POLYATTN_INLINE_LAMBDA {
-        unroll<N>([&](auto v) POLYATTN_INLINE_LAMBDA {
-            acc[0][m][v] = V::load_aligned(sums + m * columns + column + v * width);
-            if constexpr (sets > 1) acc[1][m][v] = V(T(0));
-        });
-    });
+    constexpr int width = lanes<T, A>, sets = 8 / N;
+    V acc[sets][N];
+    unroll<sets>([&](auto s) POLYATTN_INLINE_LAMBDA { unroll<N>([&](auto v) POLYATTN_INLINE_LAMBDA { acc[s][v] = s == 0 ? V::load_aligned(sums + column + v * width) : V(T(0)); }); });
     const auto add = [&](auto set, index_t p) POLYATTN_INLINE_LAMBDA {
         const T* const row = x.row(keys[first + p]) + column;
-        unroll<N>([&](auto v) POLYATTN_INLINE_LAMBDA {
-            const V value = V::load_unaligned(row + v * width);
-            unroll<M>([&](auto m) POLYATTN_INLINE_LAMBDA { acc[set][m][v] = multiply_add(V(weights[m * weight_stride + p]), value, acc[set][m][v]); });
-        });
+        unroll<N>([&](auto v) POLYATTN_INLINE_LAMBDA { acc[set][v] = multiply_add(V(weights[p]), V::load_unaligned(row + v * width), acc[set][v]); });
     };
     index_t p = 0;
     for (; p + sets <= count; p += sets) unroll<sets>([&](auto s) POLYATTN_INLINE_LAMBDA { add(s, p + s); });
-    if (p < count) add(std::integral_constant<int, 0>{}, p);
-    unroll<M>([&](auto m) POLYATTN_INLINE_LAMBDA {
-        unroll<N>([&](auto v) POLYATTN_INLINE_LAMBDA {
-            if constexpr (sets > 1) acc[0][m][v] = acc[0][m][v] + acc[1][m][v];
-            acc[0][m][v].store_aligned(sums + m * columns + column + v * width);
-        });
+    for (; p < count; ++p) add(std::integral_constant<int, 0>{}, p);
+    unroll<N>([&](auto v) POLYATTN_INLINE_LAMBDA {
+        unroll<sets - 1>([&](auto s) POLYATTN_INLINE_LAMBDA { acc[0][v] = acc[0][v] + acc[s + 1][v]; });
+        acc[0][v].store_aligned(sums + column + v * width);
     });
 }
 
@@ -148,21 +114,20 @@ void decode(std::span<const Head<T, Bias>> heads, std::span<const HeadResult<T>>
     // The chunks hang on the plan only, so every number of threads adds in the same order.
     offset_t runs = 0;
     const index_t key_length = first.query_length > 0 ? first.key_length : 0;
-    const auto for_each_chunk = [&](auto&& f) {
+    std::span<KeyRun> chunks;
+    for (const bool counting : {true, false}) {
+        if (!counting) chunks = arena.take<KeyRun>(std::exchange(runs, 0));
         for_each_key_run(*first.plan, key_length, [&](const KeyRun& run) {
-            for (index_t at = 0; at < run.count; at += chunk_keys) f(KeyRun{run.keys ? run.keys + at : nullptr, run.first + at, std::min(chunk_keys, run.count - at)});
+            for (index_t at = 0; at < run.count; at += chunk_keys, ++runs)
+                if (!counting) chunks[static_cast<std::size_t>(runs)] = {run.keys ? run.keys + at : nullptr, run.first + at, std::min(chunk_keys, run.count - at)};
         });
-    };
-    for_each_chunk([&](const KeyRun&) { ++runs; });
-    const auto chunks = arena.take<KeyRun>(runs);
-    runs = 0;
-    for_each_chunk([&](const KeyRun& run) { chunks[static_cast<std::size_t>(runs++)] = run; });
+    }
     const index_t state_size = padded(columns + 2, width);  // sums, reference, sum of weights
     T* const states = arena.take<T>(runs * rows * state_size).data();
     const auto scratch = arena.take<T*>(workers.count());
     for (int w = 0; w < workers.count(); ++w) scratch[static_cast<std::size_t>(w)] = workers[w].template take<T>(offset_t{std::max(rows, index_t{group_size})} * (block + columns)).data();
     // Some heads fill the lanes of a group well enough; a bias is the same for all lanes only.
-    const bool heads_as_lanes = std::is_same_v<Bias, NoBias> && rows >= 5 && rows <= group_size;
+    const bool heads_as_lanes = std::is_same_v<Bias, NoBias> && rows >= 3 && rows <= group_size;
     T* const lane_queries = arena.take<T>(offset_t{dim} * group_size).data();
     for (index_t c = 0; heads_as_lanes && c < dim; ++c)
         for (index_t m = 0; m < group_size; ++m) lane_queries[c * group_size + m] = queries[std::min(m, rows - 1) * dim + c];
@@ -182,11 +147,15 @@ void decode(std::span<const Head<T, Bias>> heads, std::span<const HeadResult<T>>
             for (index_t p = 0; p < count; p += width) {
                 const T* key[width];
                 unroll<width>([&](auto l) POLYATTN_INLINE_LAMBDA { key[l] = k.row(run[at + std::min<index_t>(p + l, count - 1)]); });  // the last one stands for those behind
-                index_t m = 0;
-                if constexpr (width >= 4)
-                    for (; m + 4 <= rows; m += 4)
-                        for (int l = 0; l < width; l += width / 4) few_rows_scores<4, T, A>(queries + m * dim, key, l, dim, weights + m * block + p, block);
-                for (; m < rows; ++m) few_rows_scores<1, T, A>(queries + m * dim, key, 0, dim, weights + m * block + p, block);
+                for (index_t m = 0; m < rows; ++m) {
+                    V product[width];
+                    unroll<width>([&](auto l) POLYATTN_INLINE_LAMBDA { product[l] = V(T(0)); });
+                    for (index_t c = 0; c < dim; c += width) {
+                        const V query = V::load_aligned(queries + m * dim + c);
+                        unroll<width>([&](auto l) POLYATTN_INLINE_LAMBDA { product[l] = multiply_add(query, V::load_unaligned(key[l] + c), product[l]); });
+                    }
+                    lane_sums<T, A>(product).store_aligned(weights + m * block + p);
+                }
             }
             for (index_t m = 0; m < rows; ++m) {
                 const std::span<T> own(weights + m * block, static_cast<std::size_t>(count));
@@ -204,11 +173,10 @@ void decode(std::span<const Head<T, Bias>> heads, std::span<const HeadResult<T>>
                 }
                 sum += exp2_in_place<T, A>(own, reference);
             }
-            for_column_panels<4, width>(columns, [&](auto vectors, index_t column) POLYATTN_INLINE_LAMBDA {
-                index_t m = 0;
-                for (; m + 4 <= rows; m += 4) few_rows_tile<4, vectors, T, A>(weights + m * block, block, run, at, count, v, column, sums + m * columns, columns);
-                for (; m < rows; ++m) few_rows_tile<1, vectors, T, A>(weights + m * block, block, run, at, count, v, column, sums + m * columns, columns);
-            });
+            for (index_t m = 0; m < rows; ++m)
+                for_column_panels<2, width>(columns, [&](auto vectors, index_t column) POLYATTN_INLINE_LAMBDA {
+                    one_row_tile<vectors, T, A>(weights + m * block, run, at, count, v, sums + m * columns, column);
+                });
         }
         for (index_t m = 0; m < rows; ++m) std::copy_n(sums + m * columns, columns, state + m * state_size);
     });

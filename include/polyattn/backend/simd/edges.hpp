@@ -67,13 +67,10 @@ POLYATTN_ALWAYS_INLINE void gather_sum(Vec<T, A> (&sum)[N], const index_t* keys,
     offset_t e = 0;
     for (; e + sets <= count; e += sets) {
         if (e + sets + gather_ahead <= known)
-            unroll<sets>([&](auto s) POLYATTN_INLINE_LAMBDA { prefetch_row<N, T, A>(part + offset_t{keys[e + s + gather_ahead]} * (N * width)); });
+            for (int s = 0; s < sets; ++s) prefetch_row<N, T, A>(part + offset_t{keys[e + s + gather_ahead]} * (N * width));
         unroll<sets>([&](auto s) POLYATTN_INLINE_LAMBDA { add(s, e + s); });
     }
-    if constexpr (sets > 1)
-        unroll<sets - 1>([&](auto s) POLYATTN_INLINE_LAMBDA {
-            if (e + s < count) add(s, e + s);
-        });
+    for (; e < count; ++e) add(std::integral_constant<int, 0>{}, e);
     unroll<N>([&](auto v) POLYATTN_INLINE_LAMBDA {
         unroll<sets>([&](auto s) POLYATTN_INLINE_LAMBDA { sum[v] = sum[v] + acc[s][v]; });
     });
@@ -81,11 +78,11 @@ POLYATTN_ALWAYS_INLINE void gather_sum(Vec<T, A> (&sum)[N], const index_t* keys,
 
 /// Sums of the lanes of each vector, in order: rounds of halves, as in a transposition.
 template <class T, class A>
-POLYATTN_ALWAYS_INLINE Vec<T, A> lane_sums(Vec<T, A> (&x)[lanes<T, A>]) {
+POLYATTN_ALWAYS_INLINE Vec<T, A> lane_sums(PerLane<T, A>& x) {
     constexpr int rounds = std::bit_width(static_cast<unsigned>(lanes<T, A>)) - 1;
     unroll<rounds>([&](auto r) POLYATTN_INLINE_LAMBDA {
         constexpr int half = lanes<T, A> >> (r + 1);
-        unroll<half>([&](auto i) POLYATTN_INLINE_LAMBDA { x[i] = interleave_low<T, A>(x[i], x[i + half]) + interleave_high<T, A>(x[i], x[i + half]); });
+        expand<half>([&]<int... I>(Ints<I...>) POLYATTN_INLINE_LAMBDA { ((x[I] = interleave_low<T, A>(x[I], x[I + half]) + interleave_high<T, A>(x[I], x[I + half])), ...); });
     });
     return x[0];
 }
@@ -96,29 +93,29 @@ POLYATTN_ALWAYS_INLINE void gather_dots(const T* a, T factor, const index_t* key
     using V = Vec<T, A>;
     constexpr int width = lanes<T, A>;
     V own[N];
-    unroll<N>([&](auto v) POLYATTN_INLINE_LAMBDA { own[v] = V::load_unaligned(a + v * width) * V(factor); });
+    expand<N>([&]<int... I>(Ints<I...>) POLYATTN_INLINE_LAMBDA { ((own[I] = V::load_unaligned(a + I * width) * V(factor)), ...); });
+    index_t rest[width];
     for (offset_t e = 0; e < count; e += width) {
-        V product[width];
-        if (e + width + gather_ahead <= known)
-            unroll<width>([&](auto l) POLYATTN_INLINE_LAMBDA { prefetch_row<N, T, A>(part + offset_t{keys[e + l + gather_ahead]} * (N * width)); });
-        // Behind the end the last edge is repeated.
-        const auto dot = [&](auto l, offset_t edge) POLYATTN_INLINE_LAMBDA {
-            const T* const row = part + offset_t{keys[edge]} * (N * width);
-            product[l] = own[0] * V::load_aligned(row);
-            if constexpr (N > 1)
-                unroll<N - 1>([&](auto v) POLYATTN_INLINE_LAMBDA { product[l] = multiply_add(own[v + 1], V::load_aligned(row + (v + 1) * width), product[l]); });
-        };
-        const offset_t there = std::min<offset_t>(width, count - e);
+        const index_t* row = keys + e;
+        const auto there = static_cast<int>(std::min<offset_t>(width, count - e));
+        if (there < width) {  // behind the end the last edge is repeated
+            for (int l = 0; l < width; ++l) rest[l] = row[std::min(l, there - 1)];
+            row = rest;
+        } else if (e + width + gather_ahead <= known)
+            for (int l = 0; l < width; ++l) prefetch_row<N, T, A>(part + offset_t{row[l + gather_ahead]} * (N * width));
+        PerLane<T, A> product;
+        expand<width>([&]<int... L>(Ints<L...>) POLYATTN_INLINE_LAMBDA {
+            ((product[L] = own[0] * V::load_aligned(part + offset_t{row[L]} * (N * width))), ...);
+            for (int v = 1; v < N; ++v) ((product[L] = multiply_add(own[v], V::load_aligned(part + offset_t{row[L]} * (N * width) + v * width), product[L])), ...);
+        });
+        V sums = lane_sums<T, A>(product);
         if (there == width) {
-            unroll<width>([&](auto l) POLYATTN_INLINE_LAMBDA { dot(l, e + l); });
-            V sums = lane_sums<T, A>(product);
             if (add) sums = sums + V::load_unaligned(dots + e);
             sums.store_unaligned(dots + e);
         } else {
-            unroll<width>([&](auto l) POLYATTN_INLINE_LAMBDA { dot(l, std::min<offset_t>(e + l, count - 1)); });
-            alignas(64) T rest[width];
-            lane_sums<T, A>(product).store_aligned(rest);
-            for (offset_t l = 0; l < there; ++l) dots[e + l] = add ? dots[e + l] + rest[l] : rest[l];
+            alignas(64) T last[width];
+            sums.store_aligned(last);
+            for (int l = 0; l < there; ++l) dots[e + l] = add ? dots[e + l] + last[l] : last[l];
         }
     }
 }

@@ -120,55 +120,52 @@ private:
                     entries.push_back({static_cast<std::size_t>(g), piece});
             }
         }
-        std::stable_sort(entries.begin(), entries.end(), [](const Entry& a, const Entry& b) { return a.group < b.group; });
-        for (std::size_t e = 0; e < entries.size();) {
-            std::size_t end = e;
-            while (end < entries.size() && entries[end].group == entries[e].group) ++end;
+        // By group, tiles in their order.
+        std::vector<std::size_t> starts(static_cast<std::size_t>((plan.queries() + group_size - 1) / group_size) + 1, 0), order(entries.size());
+        for (const Entry& entry : entries) ++starts[entry.group + 1];
+        std::partial_sum(starts.begin(), starts.end(), starts.begin());
+        std::vector<std::size_t> next = starts;
+        for (std::size_t e = 0; e < entries.size(); ++e) order[next[entries[e].group]++] = e;
+        std::vector<Entry> of_group;
+        for (std::size_t g = 0; g + 1 < starts.size(); ++g) {
+            if (starts[g] == starts[g + 1]) continue;
             std::array<index_t, group_size> rows;
-            for (int lane = 0; lane < group_size; ++lane)
-                rows[static_cast<std::size_t>(lane)] = static_cast<index_t>(entries[e].group) * group_size + lane;
-            add_group(rows, std::span<const Entry>(entries).subspan(e, end - e));
-            e = end;
+            for (int lane = 0; lane < group_size; ++lane) rows[static_cast<std::size_t>(lane)] = static_cast<index_t>(g) * group_size + lane;
+            of_group.clear();
+            for (std::size_t at = starts[g]; at < starts[g + 1]; ++at) of_group.push_back(entries[order[at]]);
+            add_group(rows, of_group);
         }
     }
 
     // Every 16 rows of a list, for all tiles with that list.
     void add_listed_rows(const Plan& plan) {
-        // Lists are told apart by their elements, not by where they lie, and ordered by their first row and first tile: the
-        // order of groups is the order of sums.
-        std::vector<std::size_t> listed, first_with_rows(plan.tiles().size());
-        std::map<std::pair<index_t, index_t>, std::vector<std::size_t>> known;  // by first row and length
+        // Lists are told apart by their elements, not by where they lie, and ordered by their first row and length: the order of
+        // groups is the order of sums.
+        std::map<std::pair<index_t, index_t>, std::vector<std::vector<std::size_t>>> lists;  // tiles with the same list
         for (std::size_t t = 0; t < plan.tiles().size(); ++t) {
             const IndexSequence& rows = plan.tiles()[t].rows;
             if (!rows.is_list()) continue;
-            listed.push_back(t);
-            auto& candidates = known[{rows.front(), rows.size()}];
-            const auto same = std::find_if(candidates.begin(), candidates.end(), [&](std::size_t c) { return plan.tiles()[c].rows.same_elements_as(rows); });
-            first_with_rows[t] = same != candidates.end() ? *same : t;
-            if (same == candidates.end()) candidates.push_back(t);
+            auto& candidates = lists[{rows.front(), rows.size()}];
+            std::size_t same = 0;
+            while (same < candidates.size() && !plan.tiles()[candidates[same][0]].rows.same_elements_as(rows)) ++same;
+            if (same == candidates.size()) candidates.emplace_back();
+            candidates[same].push_back(t);
         }
-        std::stable_sort(listed.begin(), listed.end(), [&](std::size_t a, std::size_t b) {
-            const auto key = [&](std::size_t t) { return std::pair{plan.tiles()[t].rows.front(), first_with_rows[t]}; };
-            return key(a) < key(b);
-        });
-        for (std::size_t begin = 0; begin < listed.size();) {
-            const IndexSequence& rows = plan.tiles()[listed[begin]].rows;
-            std::size_t end = begin;
-            while (end < listed.size() && first_with_rows[listed[end]] == first_with_rows[listed[begin]]) ++end;
-            for (index_t at = 0; at < rows.size(); at += group_size) {
-                std::vector<Entry> entries;
-                const auto position = [&](int lane) { return at + lane < rows.size() ? at + lane : -1; };
-                for (std::size_t l = begin; l < end; ++l) {
-                    Piece piece{};
-                    if (make_piece(static_cast<index_t>(listed[l]), plan.tiles()[listed[l]], position, piece)) entries.push_back({0, piece});
+        for (const auto& [key, candidates] : lists)
+            for (const std::vector<std::size_t>& tiles : candidates) {
+                const IndexSequence& rows = plan.tiles()[tiles[0]].rows;
+                for (index_t at = 0; at < rows.size(); at += group_size) {
+                    std::vector<Entry> entries;
+                    const auto position = [&](int lane) { return at + lane < rows.size() ? at + lane : -1; };
+                    for (const std::size_t t : tiles) {
+                        Piece piece{};
+                        if (make_piece(static_cast<index_t>(t), plan.tiles()[t], position, piece)) entries.push_back({0, piece});
+                    }
+                    std::array<index_t, group_size> group_rows;
+                    for (int lane = 0; lane < group_size; ++lane) group_rows[static_cast<std::size_t>(lane)] = position(lane) < 0 ? 0 : rows[position(lane)];
+                    if (!entries.empty()) add_group(group_rows, entries);
                 }
-                std::array<index_t, group_size> group_rows;
-                for (int lane = 0; lane < group_size; ++lane)
-                    group_rows[static_cast<std::size_t>(lane)] = position(lane) < 0 ? 0 : rows[position(lane)];
-                if (!entries.empty()) add_group(group_rows, entries);
             }
-            begin = end;
-        }
     }
 
     template <class Position>

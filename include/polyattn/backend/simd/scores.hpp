@@ -146,49 +146,74 @@ void pack_rows(const std::array<index_t, group_size>& rows, Rows<T> from, index_
     for (; c + lanes <= columns; c += lanes)
         for (int part = 0; part < group_size; part += lanes) {
             V block[lanes];
-            unroll<lanes>([&](auto i) POLYATTN_INLINE_LAMBDA { block[i] = V::load_unaligned(from.row(rows[static_cast<std::size_t>(part + i)]) + c) * V(factor); });
+            expand<lanes>([&]<int... I>(Ints<I...>) POLYATTN_INLINE_LAMBDA { ((block[I] = V::load_unaligned(from.row(rows[static_cast<std::size_t>(part + I)]) + c) * V(factor)), ...); });
             transpose<T, A>(block);
-            unroll<lanes>([&](auto i) POLYATTN_INLINE_LAMBDA { block[i].store_aligned(packed + (c + i) * group_size + part); });
+            expand<lanes>([&]<int... I>(Ints<I...>) POLYATTN_INLINE_LAMBDA { (block[I].store_aligned(packed + (c + I) * group_size + part), ...); });
         }
     for (; c < columns; ++c)
         for (int lane = 0; lane < group_size; ++lane) packed[c * group_size + lane] = from.row(rows[static_cast<std::size_t>(lane)])[c] * factor;
 }
 
-/// Raises the reference of the lanes whose tile maximum passed their threshold. Rare, out of line.
-template <int M, class T, class A>
-POLYATTN_NOINLINE void raise_reference(TileScores<T, A, M>& score, const GroupVectors<T, A>& highest, GroupState<T>& state, const T* weights_end) {
+/// Raises the reference of the lanes whose tile maximum passed their threshold. Rare, out of line. `score` is [keys][16].
+template <class T, class A>
+POLYATTN_NOINLINE void raise_reference(T* score, int keys, const T* tile_highest, GroupState<T>& state, const T* weights_end) {
     using V = Vec<T, A>;
-    constexpr int lanes = Tiling<T, A>::lanes, vectors = Tiling<T, A>::group_vectors;
+    constexpr int lanes = Tiling<T, A>::lanes;
     alignas(64) T scale[group_size];
-    for (int v = 0; v < vectors; ++v) {
-        const V threshold = V::load_aligned(state.threshold + v * lanes);
-        const auto raised = highest[v] > threshold;
-        const V rise = xsimd::select(raised, highest[v], V(T(0)));
-        for (int i = 0; i < M; ++i) score[i][v] = score[i][v] - rise;
-        (V::load_aligned(state.reference + v * lanes) + rise).store_aligned(state.reference + v * lanes);
+    for (int part = 0; part < group_size; part += lanes) {
+        const V threshold = V::load_aligned(state.threshold + part), highest = V::load_aligned(tile_highest + part);
+        const auto raised = highest > threshold;
+        const V rise = xsimd::select(raised, highest, V(T(0)));
+        for (int i = 0; i < keys; ++i) (V::load_aligned(score + i * group_size + part) - rise).store_aligned(score + i * group_size + part);
+        (V::load_aligned(state.reference + part) + rise).store_aligned(state.reference + part);
         // A row that had no reference has nothing to rescale.
         const V factor = xsimd::select(raised & (threshold > V(no_reference<T>)), pow2(V(T(0)) - rise), V(T(1)));
-        factor.store_aligned(scale + v * lanes);
-        xsimd::select(raised, V(raise_above<T>), threshold).store_aligned(state.threshold + v * lanes);
-        (V::load_aligned(state.sum + v * lanes) * factor).store_aligned(state.sum + v * lanes);
+        factor.store_aligned(scale + part);
+        xsimd::select(raised, V(raise_above<T>), threshold).store_aligned(state.threshold + part);
+        (V::load_aligned(state.sum + part) * factor).store_aligned(state.sum + part);
         for (T* weights = state.weights; weights < weights_end; weights += group_size)
-            (V::load_aligned(weights + v * lanes) * factor).store_aligned(weights + v * lanes);
+            (V::load_aligned(weights + part) * factor).store_aligned(weights + part);
     }
     if (state.has_out)
-        for (int lane = 0; lane < group_size; ++lane)
-            for (index_t c = 0; c < state.columns; ++c) state.out[lane * state.columns + c] *= scale[lane];
+        for (int lane = 0; lane < group_size; ++lane) scale_row<T, A>(state.out + lane * state.columns, scale[lane], state.columns, state.out + lane * state.columns);
 }
 
-/// Base-2 biases of key position p and 16 queries; 0 for pairs that are not seen.
+/// Adds base-2 biases to the scores [keys][16] from position p on, where pairs are seen.
 template <class T, class Bias>
-POLYATTN_NOINLINE void pair_biases(const Block& block, const Head<T, Bias>& head, const DistanceTable<T, Bias>& distances, const Group& group, index_t p, T* out) {
-    const index_t key = block.key(p);
-    for (int lane = 0; lane < group_size; ++lane) {
-        const index_t row = group.rows[static_cast<std::size_t>(lane)];
-        if (!block.is_seen(lane, p)) out[lane] = 0;
-        else if constexpr (DistanceTable<T, Bias>::exists) out[lane] = distances.at(row, key);
-        else out[lane] = static_cast<T>(double((*head.bias)(head.batch, head.head, row, key)) * log2_e);
+POLYATTN_NOINLINE void add_biases(const Block& block, const Head<T, Bias>& head, const DistanceTable<T, Bias>& distances, const Group& group, index_t p, int keys, T* scores) {
+    for (int i = 0; i < keys; ++i) {
+        const index_t key = block.key(p + i);
+        for (int lane = 0; lane < group_size; ++lane) {
+            if (!block.is_seen(lane, p + i)) continue;
+            const index_t row = group.rows[static_cast<std::size_t>(lane)];
+            T& score = scores[i * group_size + lane];
+            if constexpr (DistanceTable<T, Bias>::exists) score += distances.at(row, key);
+            else score += static_cast<T>(double((*head.bias)(head.batch, head.head, row, key)) * log2_e);
+        }
     }
+}
+
+/// Masks what is not seen of the scores [keys][16] from position p on.
+template <class T, class A>
+POLYATTN_NOINLINE void mask_scores(const Block& block, index_t p, int keys, T* scores) {
+    using V = Vec<T, A>;
+    constexpr int lanes = Tiling<T, A>::lanes;
+    alignas(64) T begin[group_size], end[group_size];
+    for (std::size_t lane = 0; lane < group_size; ++lane) {
+        begin[lane] = static_cast<T>(block.lanes.begin[lane]);
+        end[lane] = static_cast<T>(block.lanes.end[lane]);
+    }
+    for (int part = 0; part < group_size; part += lanes) {
+        const V first = V::load_aligned(begin + part), last = V::load_aligned(end + part);
+        for (int i = 0; i < keys; ++i) {
+            T* const score = scores + i * group_size + part;
+            const V position(static_cast<T>(p + i));
+            xsimd::select((position >= first) & (position < last), V::load_aligned(score), V(masked_score<T>)).store_aligned(score);
+        }
+    }
+    if (block.excluded.empty()) return;
+    for (int i = 0; i < keys; ++i)
+        if (block.is_excluded(p + i)) std::fill_n(scores + i * group_size, group_size, masked_score<T>);
 }
 
 /// Weights of a block, [key][16]. Online: relative to the state's reference, which follows the scores, and summed. Otherwise
@@ -199,73 +224,54 @@ POLYATTN_NOINLINE void score_block(const Block& block, const Head<T, Bias>& head
     using V = Vec<T, A>;
     using K = Tiling<T, A>;
     constexpr int vectors = K::group_vectors, lanes = K::lanes;
-    alignas(64) T begin[group_size], end[group_size];
-    if (block.masked)
-        for (std::size_t lane = 0; lane < group_size; ++lane) {
-            begin[lane] = static_cast<T>(block.lanes.begin[lane]);
-            end[lane] = static_cast<T>(block.lanes.end[lane]);
-        }
     state.weights = weights;
     const auto tile = [&]<int M>(std::integral_constant<int, M>, index_t p) POLYATTN_INLINE_LAMBDA {
         TileScores<T, A, M> score;
-        unroll<vectors>([&](auto v) POLYATTN_INLINE_LAMBDA {
-            const V start = V(T(0)) - V::load_aligned(state.reference + v * lanes);
-            unroll<M>([&](auto i) POLYATTN_INLINE_LAMBDA { score[i][v] = start; });
-        });
+        V start[vectors];
+        expand<vectors>([&]<int... I>(Ints<I...>) POLYATTN_INLINE_LAMBDA { ((start[I] = V(T(0)) - V::load_aligned(state.reference + I * lanes)), ...); });
+        expand<M * vectors>([&]<int... I>(Ints<I...>) POLYATTN_INLINE_LAMBDA { ((score[I] = start[I % vectors]), ...); });
         score_tile<M, T, A>(score, keys.row(p), keys.stride, queries, head.q.cols);
+        // Rare cases are out of line and go through memory, where the weights will be: the tile itself must never have an address, or
+        // it lives there.
+        T* const out = weights + p * group_size;
+        const auto through_memory = [&](auto&& f) POLYATTN_INLINE_LAMBDA {
+            expand<M * vectors>([&]<int... I>(Ints<I...>) POLYATTN_INLINE_LAMBDA { (score[I].store_aligned(out + I * lanes), ...); });
+            f();
+            expand<M * vectors>([&]<int... I>(Ints<I...>) POLYATTN_INLINE_LAMBDA { ((score[I] = V::load_aligned(out + I * lanes)), ...); });
+        };
         if constexpr (!std::is_same_v<Bias, NoBias>) {
             const T* near = nullptr;
             if constexpr (DistanceTable<T, Bias>::exists)
                 if (group.consecutive && !block.tile->keys.is_list() && distances.row(group.rows[0], block.key(p))) near = distances.row(group.rows[0], block.key(p + M - 1));
             if (near)  // queries and keys run on: the rows of later keys lie before
-                unroll<M>([&](auto i) POLYATTN_INLINE_LAMBDA {
-                    unroll<vectors>([&](auto v) POLYATTN_INLINE_LAMBDA { score[i][v] = score[i][v] + V::load_unaligned(near + (M - 1 - i) + v * lanes); });
+                expand<M * vectors>([&]<int... I>(Ints<I...>) POLYATTN_INLINE_LAMBDA {
+                    ((score[I] = score[I] + V::load_unaligned(near + (M - 1 - I / vectors) + I % vectors * lanes)), ...);
                 });
-            else unroll<M>([&](auto i) POLYATTN_INLINE_LAMBDA {
-                alignas(64) T bias[group_size];
-                pair_biases(block, head, distances, group, p + i, bias);
-                unroll<vectors>([&](auto v) POLYATTN_INLINE_LAMBDA { score[i][v] = score[i][v] + V::load_aligned(bias + v * lanes); });
-            });
+            else through_memory([&] { add_biases(block, head, distances, group, p, M, out); });
         }
-        if (p < block.all_begin || p + M > block.all_end)
-            unroll<M>([&](auto i) POLYATTN_INLINE_LAMBDA {
-                const V position(static_cast<T>(p + i));
-                unroll<vectors>([&](auto v) POLYATTN_INLINE_LAMBDA {
-                    const auto seen = (position >= V::load_aligned(begin + v * lanes)) & (position < V::load_aligned(end + v * lanes));
-                    score[i][v] = xsimd::select(seen, score[i][v], V(masked_score<T>));
-                });
-            });
-        if (!block.excluded.empty())
-            unroll<M>([&](auto i) POLYATTN_INLINE_LAMBDA {
-                if (block.is_excluded(p + i)) unroll<vectors>([&](auto v) POLYATTN_INLINE_LAMBDA { score[i][v] = V(masked_score<T>); });
-            });
-        T* const out = weights + p * group_size;
+        if (p < block.all_begin || p + M > block.all_end || !block.excluded.empty()) through_memory([&] { mask_scores<T, A>(block, p, M, out); });
         if constexpr (Online) {
             V highest[vectors];
+            expand<vectors>([&]<int... I>(Ints<I...>) POLYATTN_INLINE_LAMBDA { ((highest[I] = score[I]), ...); });
+            expand<M * vectors>([&]<int... I>(Ints<I...>) POLYATTN_INLINE_LAMBDA { ((highest[I % vectors] = xsimd::max(highest[I % vectors], score[I])), ...); });
             bool raise = false;
-            unroll<vectors>([&](auto v) POLYATTN_INLINE_LAMBDA {
-                highest[v] = score[0][v];
-                unroll<M>([&](auto i) POLYATTN_INLINE_LAMBDA { highest[v] = xsimd::max(highest[v], score[i][v]); });
-                raise |= xsimd::any(highest[v] > V::load_aligned(state.threshold + v * lanes));
-            });
+            expand<vectors>([&]<int... I>(Ints<I...>) POLYATTN_INLINE_LAMBDA { ((raise |= xsimd::any(highest[I] > V::load_aligned(state.threshold + I * lanes))), ...); });
             if (raise) [[unlikely]] {
-                // Through a copy: the tile itself must never have an address, or it lives in memory.
-                TileScores<T, A, M> raised;
-                unroll<M>([&](auto i) POLYATTN_INLINE_LAMBDA { unroll<vectors>([&](auto v) POLYATTN_INLINE_LAMBDA { raised[i][v] = score[i][v]; }); });
-                raise_reference<M, T, A>(raised, highest, state, out);
-                unroll<M>([&](auto i) POLYATTN_INLINE_LAMBDA { unroll<vectors>([&](auto v) POLYATTN_INLINE_LAMBDA { score[i][v] = raised[i][v]; }); });
+                alignas(64) T tile_highest[group_size];
+                expand<vectors>([&]<int... I>(Ints<I...>) POLYATTN_INLINE_LAMBDA { (highest[I].store_aligned(tile_highest + I * lanes), ...); });
+                through_memory([&] { raise_reference<T, A>(out, M, tile_highest, state, out); });
             }
         }
-        unroll<vectors>([&](auto v) POLYATTN_INLINE_LAMBDA {
-            V sum(T(0));
-            if constexpr (Online) sum = V::load_aligned(state.sum + v * lanes);
-            unroll<M>([&](auto i) POLYATTN_INLINE_LAMBDA {
-                const V weight = pow2(score[i][v]);
-                weight.store_aligned(out + i * group_size + v * lanes);
-                if constexpr (Online) sum = sum + weight;
-            });
-            if constexpr (Online) sum.store_aligned(state.sum + v * lanes);
+        expand<M * vectors>([&]<int... I>(Ints<I...>) POLYATTN_INLINE_LAMBDA {
+            ((score[I] = pow2(score[I])), ...);
+            (score[I].store_aligned(out + I * lanes), ...);
         });
+        if constexpr (Online)
+            expand<vectors>([&]<int... J>(Ints<J...>) POLYATTN_INLINE_LAMBDA {
+                V sum[vectors] = {V::load_aligned(state.sum + J * lanes)...};
+                expand<M * vectors>([&]<int... I>(Ints<I...>) POLYATTN_INLINE_LAMBDA { ((sum[I % vectors] = sum[I % vectors] + score[I]), ...); });
+                (sum[J].store_aligned(state.sum + J * lanes), ...);
+            });
     };
     for_each_key_tile<K::score_keys>(block.keys, tile);
 }

@@ -397,20 +397,15 @@ private:
         const bool drops = head_.dropout.drops_weights();
         const auto tile = [&]<int M>(std::integral_constant<int, M>, index_t p) POLYATTN_INLINE_LAMBDA {
             TileScores<T, A, M> sum;
-            unroll<vectors>([&](auto v) POLYATTN_INLINE_LAMBDA {
-                const V start = drops ? V(T(0)) : V(T(0)) - V::load_aligned(means + v * lanes);
-                unroll<M>([&](auto i) POLYATTN_INLINE_LAMBDA { sum[i][v] = start; });
-            });
+            expand<M * vectors>([&]<int... I>(Ints<I...>) POLYATTN_INLINE_LAMBDA { ((sum[I] = drops ? V(T(0)) : V(T(0)) - V::load_aligned(means + I % vectors * lanes)), ...); });
             for (std::size_t t = 0; t < terms.size(); ++t) {
                 const Rows<T> z = gathered[t].get(block.tile->keys, piece.list_slot, terms[t].z);
                 score_tile<M, T, A>(sum, z.row(block.first + p), z.stride, g + t * static_cast<std::size_t>(head_.v.cols) * group_size, head_.v.cols);
             }
-            unroll<M>([&](auto i) POLYATTN_INLINE_LAMBDA {
-                unroll<vectors>([&](auto v) POLYATTN_INLINE_LAMBDA {
-                    const offset_t at = offset_t{p + i} * group_size + v * lanes;
-                    if (drops) sum[i][v].store_aligned(d_scores + at);
-                    else (sum[i][v] * V::load_aligned(weights + at)).store_aligned(d_scores + at);
-                });
+            const offset_t at = offset_t{p} * group_size;
+            expand<M * vectors>([&]<int... I>(Ints<I...>) POLYATTN_INLINE_LAMBDA {
+                if (!drops) ((sum[I] = sum[I] * V::load_aligned(weights + at + I * lanes)), ...);
+                (sum[I].store_aligned(d_scores + at + I * lanes), ...);
             });
         };
         for_each_key_tile<Tiles::score_keys>(block.keys, tile);

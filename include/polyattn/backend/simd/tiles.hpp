@@ -27,13 +27,11 @@ struct Tiling {
     static constexpr int shared_key_block = sizeof(T) == 4 ? 256 : 128;
 };
 
-/// One value of each query of a group, and those of M keys.
-template <class T, class A>
-using GroupVectors = Vec<T, A>[Tiling<T, A>::group_vectors];
+/// Scores of M keys and 16 queries: vector n belongs to key n / group_vectors and to the queries from n % group_vectors * lanes on.
 template <class T, class A, int M>
-using TileScores = GroupVectors<T, A>[M];
+using TileScores = Vec<T, A>[M * Tiling<T, A>::group_vectors];
 
-/// acc[key][query] += sum over t of keys[key][t] * queries[t][query]: M keys as stored, 16 queries transposed.
+/// acc (key, query) += sum over t of keys[key][t] * queries[t][query]: M keys as stored, 16 queries transposed.
 template <int M, class T, class A>
 POLYATTN_ALWAYS_INLINE void score_tile(TileScores<T, A, M>& acc, const T* keys, std::ptrdiff_t stride, const T* queries, index_t dim) {
     using V = Vec<T, A>;
@@ -43,10 +41,9 @@ POLYATTN_ALWAYS_INLINE void score_tile(TileScores<T, A, M>& acc, const T* keys, 
     const std::ptrdiff_t four = 4 * stride;
     for (index_t t = 0; t < dim; ++t) {
         V query[vectors];
-        unroll<vectors>([&](auto v) POLYATTN_INLINE_LAMBDA { query[v] = V::load_aligned(queries + t * group_size + v * lanes); });
-        unroll<M>([&](auto i) POLYATTN_INLINE_LAMBDA {
-            const V key(base[i % 4][i / 4 * four + t]);
-            unroll<vectors>([&](auto v) POLYATTN_INLINE_LAMBDA { acc[i][v] = multiply_add(key, query[v], acc[i][v]); });
+        expand<vectors>([&]<int... I>(Ints<I...>) POLYATTN_INLINE_LAMBDA { ((query[I] = V::load_aligned(queries + t * group_size + I * lanes)), ...); });
+        expand<M * vectors>([&]<int... I>(Ints<I...>) POLYATTN_INLINE_LAMBDA {
+            ((acc[I] = multiply_add(V(base[I / vectors % 4][I / vectors / 4 * four + t]), query[I % vectors], acc[I])), ...);
         });
     }
 }
@@ -57,23 +54,17 @@ POLYATTN_ALWAYS_INLINE void weighted_sum_tile(const T* weights, const T* x, std:
                                               std::ptrdiff_t out_stride, bool add) {
     using V = Vec<T, A>;
     constexpr int lanes = Tiling<T, A>::lanes;
-    V acc[M][N];
-    unroll<M>([&](auto i) POLYATTN_INLINE_LAMBDA {
-        unroll<N>([&](auto v) POLYATTN_INLINE_LAMBDA { acc[i][v] = add ? V::load_unaligned(out + i * out_stride + v * lanes) : V(T(0)); });
-    });
+    V acc[M * N];
+    if (add) expand<M * N>([&]<int... I>(Ints<I...>) POLYATTN_INLINE_LAMBDA { ((acc[I] = V::load_unaligned(out + I / N * out_stride + I % N * lanes)), ...); });
+    else expand<M * N>([&]<int... I>(Ints<I...>) POLYATTN_INLINE_LAMBDA { ((acc[I] = V(T(0))), ...); });
     for (index_t key = 0; key < keys; ++key) {
         V row[N];
-        unroll<N>([&](auto v) POLYATTN_INLINE_LAMBDA { row[v] = V::load_unaligned(x + v * lanes); });
-        unroll<M>([&](auto i) POLYATTN_INLINE_LAMBDA {
-            const V weight(weights[i]);
-            unroll<N>([&](auto v) POLYATTN_INLINE_LAMBDA { acc[i][v] = multiply_add(weight, row[v], acc[i][v]); });
-        });
+        expand<N>([&]<int... I>(Ints<I...>) POLYATTN_INLINE_LAMBDA { ((row[I] = V::load_unaligned(x + I * lanes)), ...); });
+        expand<M * N>([&]<int... I>(Ints<I...>) POLYATTN_INLINE_LAMBDA { ((acc[I] = multiply_add(V(weights[I / N]), row[I % N], acc[I])), ...); });
         weights += group_size;
         x += x_stride;
     }
-    unroll<M>([&](auto i) POLYATTN_INLINE_LAMBDA {
-        unroll<N>([&](auto v) POLYATTN_INLINE_LAMBDA { acc[i][v].store_unaligned(out + i * out_stride + v * lanes); });
-    });
+    expand<M * N>([&]<int... I>(Ints<I...>) POLYATTN_INLINE_LAMBDA { (acc[I].store_unaligned(out + I / N * out_stride + I % N * lanes), ...); });
 }
 
 /// The weights of one group that a transposed sum reads, and the rows that they multiply.
@@ -87,27 +78,24 @@ struct WeightPlane {
 
 /// acc[key][columns] += sum over queries [first, last) of weights[key][query] * x[query][columns], M keys x N vectors.
 template <int M, int N, class T, class A>
-POLYATTN_ALWAYS_INLINE void transposed_sum_tile(Vec<T, A> (&acc)[M][N], const T* weights, const T* x, std::ptrdiff_t x_stride, int first, int last) {
+POLYATTN_ALWAYS_INLINE void transposed_sum_tile(Vec<T, A> (&acc)[M * N], const T* weights, const T* x, std::ptrdiff_t x_stride, int first, int last) {
     using V = Vec<T, A>;
     constexpr int lanes = Tiling<T, A>::lanes;
     x += first * x_stride;
     for (int query = first; query < last; ++query) {
         V row[N];
-        unroll<N>([&](auto v) POLYATTN_INLINE_LAMBDA { row[v] = V::load_unaligned(x + v * lanes); });
-        unroll<M>([&](auto i) POLYATTN_INLINE_LAMBDA {
-            const V weight(weights[i * group_size + query]);
-            unroll<N>([&](auto v) POLYATTN_INLINE_LAMBDA { acc[i][v] = multiply_add(weight, row[v], acc[i][v]); });
-        });
+        expand<N>([&]<int... I>(Ints<I...>) POLYATTN_INLINE_LAMBDA { ((row[I] = V::load_unaligned(x + I * lanes)), ...); });
+        expand<M * N>([&]<int... I>(Ints<I...>) POLYATTN_INLINE_LAMBDA { ((acc[I] = multiply_add(V(weights[I / N * group_size + query]), row[I % N], acc[I])), ...); });
         x += x_stride;
     }
 }
 
-/// Calls f(integral_constant keys, position) so that tiles of M keys, then of fewer, cover `keys`.
+/// Calls f(integral_constant keys, position) so that tiles of M keys, then of some, then of one cover `keys`.
 template <int M, class F>
 POLYATTN_ALWAYS_INLINE void for_each_key_tile(index_t keys, F&& f, index_t position = 0) {
     for (; position + M <= keys; position += M) f(std::integral_constant<int, M>{}, position);
     if constexpr (M > 1)
-        if (position < keys) for_each_key_tile<M / 2>(keys, f, position);
+        if (position < keys) for_each_key_tile<(M > 4 ? 4 : 1)>(keys, f, position);
 }
 
 /// out += factor * x, rounded as the tiles round it: the bits of a row must not depend on which of them works on it.
@@ -169,16 +157,16 @@ void transposed_sum(std::span<const WeightPlane<T>> planes, Bounds keys, std::pt
     const auto tile = [&]<int M>(std::integral_constant<int, M>, index_t key) POLYATTN_INLINE_LAMBDA {
         for_column_panels<K::columns, K::lanes>(columns, [&](auto width, index_t column) POLYATTN_INLINE_LAMBDA {
             constexpr int N = width;
-            V acc[M][N];
+            V acc[M * N];
             T* const to = out + key * out_stride + column;
-            unroll<M>([&](auto i) POLYATTN_INLINE_LAMBDA { unroll<N>([&](auto v) POLYATTN_INLINE_LAMBDA { acc[i][v] = V::load_unaligned(to + i * out_stride + v * K::lanes); }); });
+            expand<M * N>([&]<int... I>(Ints<I...>) POLYATTN_INLINE_LAMBDA { ((acc[I] = V::load_unaligned(to + I / N * out_stride + I % N * K::lanes)), ...); });
             for (const WeightPlane<T>& plane : planes) {
                 if (key < plane.keys.begin || key >= plane.keys.end) continue;
                 const index_t at = key - plane.keys.begin;
                 const auto [first, last] = plane.lanes ? lanes_that_see(*plane.lanes, at, at + M) : std::pair{0, group_size};
                 transposed_sum_tile<M, N, T, A>(acc, plane.weights + at * group_size, plane.x + column, x_stride, first, last);
             }
-            unroll<M>([&](auto i) POLYATTN_INLINE_LAMBDA { unroll<N>([&](auto v) POLYATTN_INLINE_LAMBDA { acc[i][v].store_unaligned(to + i * out_stride + v * K::lanes); }); });
+            expand<M * N>([&]<int... I>(Ints<I...>) POLYATTN_INLINE_LAMBDA { (acc[I].store_unaligned(to + I / N * out_stride + I % N * K::lanes), ...); });
         });
     };
     index_t key = keys.begin;

@@ -113,6 +113,14 @@ POLYATTN_ALWAYS_INLINE void unroll(F&& f) {
     [&]<int... I>(std::integer_sequence<int, I...>) POLYATTN_INLINE_LAMBDA { (f(std::integral_constant<int, I>{}), ...); }(std::make_integer_sequence<int, N>{});
 }
 
+/// Calls f(integer_sequence 0, .., N - 1) for a fold expression over all of them: one function to compile where unroll() makes N.
+template <int N, class F>
+POLYATTN_ALWAYS_INLINE void expand(F&& f) {
+    f(std::make_integer_sequence<int, N>{});
+}
+template <int... I>
+using Ints = std::integer_sequence<int, I...>;
+
 /// Calls f(integral_constant N) for the N of 1 .. Most that `count` is.
 template <int Most, class F>
 POLYATTN_ALWAYS_INLINE void with_count(int count, F&& f) {
@@ -122,19 +130,20 @@ POLYATTN_ALWAYS_INLINE void with_count(int count, F&& f) {
     f(std::integral_constant<int, Most>{});
 }
 
+/// As many vectors (or other things) as a vector has lanes.
+template <class T, class A, class Element = Vec<T, A>>
+using PerLane = Element[static_cast<std::size_t>(lanes<T, A>)];
+
 /// Transposes lanes x lanes values in registers: each round interleaves the first half with the second.
 template <class T, class A>
-POLYATTN_ALWAYS_INLINE void transpose(Vec<T, A> (&rows)[lanes<T, A>]) {
+POLYATTN_ALWAYS_INLINE void transpose(PerLane<T, A>& rows) {
     constexpr int width = lanes<T, A>;
     constexpr int rounds = std::bit_width(static_cast<unsigned>(width)) - 1;
-    unroll<rounds>([&](auto) POLYATTN_INLINE_LAMBDA {
-        Vec<T, A> next[width];
-        unroll<width / 2>([&](auto i) POLYATTN_INLINE_LAMBDA {
-            next[2 * i] = interleave_low<T, A>(rows[i], rows[i + width / 2]);
-            next[2 * i + 1] = interleave_high<T, A>(rows[i], rows[i + width / 2]);
+    for (int round = 0; round < rounds; ++round)
+        expand<width>([&]<int... I>(Ints<I...>) POLYATTN_INLINE_LAMBDA {
+            const PerLane<T, A> next = {(I % 2 == 0 ? interleave_low<T, A>(rows[I / 2], rows[I / 2 + width / 2]) : interleave_high<T, A>(rows[I / 2], rows[I / 2 + width / 2]))...};
+            ((rows[I] = next[I]), ...);
         });
-        unroll<width>([&](auto i) POLYATTN_INLINE_LAMBDA { rows[i] = next[i]; });
-    });
 }
 
 }  // namespace detail::simd

@@ -15,7 +15,7 @@ void pow2_rate(benchmark::State& state) {
     run();
     for (std::size_t i = 0; i < x.size(); ++i)
         if (!(std::abs(double(y[i]) / std::exp2(double(x[i])) - 1) < (sizeof(T) == 4 ? 2e-7 : 1e-15))) return state.SkipWithError("wrong value");
-    const double limit = peak<T>();
+    const double limit = fma_peak<T>();
     for (auto _ : state) run();
     state.counters["G/s"] = benchmark::Counter(double(x.size()) / 1e9, benchmark::Counter::kIsIterationInvariantRate);
     // As a share of the multiply-adds that the polynomial alone needs.
