@@ -214,6 +214,70 @@ TEST_CASE("a call with a plan, a workspace and tensors in place allocates nothin
     check(Attention{RelativePosition{.heads = 2, .reach = 1, .table = std::vector<double>(6)}});
     check(Attention{TableBias{[](index_t, index_t, index_t) { return 0; }, 2, std::vector<double>(2)}});
     CHECK(workspace.capacity() > 0);
+    const auto one = random_tensor<4>(random, {1, 2, 1, 24});
+    xt::xtensor<float, 4> row = one;
+    const Attention<> dense;
+    CallOptions options;
+    options.plan = dense.plan(1, 300);
+    options.workspace = &workspace;
+    dense.into(row, one, x, x, options);
+    const std::size_t before = allocation_count();
+    dense.into(row, one, x, x, options);
+    CHECK(allocation_count() == before);
+}
+
+TEST_CASE("scratch of a forward pass: one head's weights a thread and O(n d)") {
+    const int before = worker_count();
+    const auto scratch = [&](const auto& attention, index_t n, index_t d, index_t heads) {
+        const Tensor<float> x({heads, n, d});
+        Tensor<float> out({heads, n, d});
+        Workspace workspace;
+        CallOptions options;
+        options.plan = attention.plan(n, n);
+        options.workspace = &workspace;
+        attention.into(out.view(), x.view(), x.view(), x.view(), options);
+        attention.into(out.view(), x.view(), x.view(), x.view(), options);
+        return workspace.capacity();
+    };
+    const double mib = 1 << 20;
+#if defined(_OPENMP)
+    omp_set_num_threads(1);
+#endif
+    // Dense attention keeps no weights: n = 8192 would have 256 MiB of them. A few numbers a row, and fixed buffers.
+    CHECK(double(scratch(Attention<>{}, 8192, 16, 1)) < 8192 * 64 * 4. + mib);
+    // Diffusion: the tiles' weights, rounded to whole groups of 16 queries and 8 keys, the edges', and some rows.
+    const Attention<LocalGlobalRandom, PPR<2>> diffuser;
+    const Plan plan = diffuser.plan(4096, 4096);
+    const double weights = double(plan.lowered<detail::simd::Schedule>().weight_rows()) * 16 * 4, edges = double(plan.edges().count()) * 4;
+    const double one = double(scratch(diffuser, 4096, 32, 1));
+    CHECK(one < weights + edges + 4096 * (8 * 32 + 16) * 4. + 4 * mib);
+    CHECK(double(scratch(diffuser, 4096, 32, 3)) < 1.01 * one + mib);  // heads one after the other share it
+#if defined(_OPENMP)
+    omp_set_num_threads(before);
+#endif
+}
+
+TEST_CASE("gradients into tensors that are there") {
+    POLYATTN_RANDOM(random);
+    const auto x = random_tensor<4>(random, {1, 2, 90, 24});
+    const auto attention = Attention{LocalGlobalRandom{.window = 8, .globals = 3, .randoms = 2}, PPR<2>{}};
+    const auto saved = attention.forward(x, x, x).saved;
+    const auto fresh = attention.backward(saved, x);
+    auto reused = attention.backward(saved, x);
+    reused.q.fill(7);
+    Workspace workspace;
+    CallOptions options;
+    options.workspace = &workspace;
+    attention.backward_into(reused, saved, x, options);
+    CHECK(same(reused.q, fresh.q));
+    CHECK(same(reused.k, fresh.k));
+    CHECK(same(reused.v, fresh.v));
+    const std::size_t held = workspace.capacity(), before = allocation_count();
+    attention.backward_into(reused, saved, x, options);
+    CHECK(workspace.capacity() == held);
+    CHECK(allocation_count() - before < 8);  // parts of a bias gradient, even of none
+    reused.k = random_tensor<4>(random, {1, 2, 91, 24});
+    CHECK_THROWS_AS(attention.backward_into(reused, saved, x), invalid_input);
 }
 
 TEST_CASE("no heads, no batch, no tokens, no columns of values") {

@@ -192,6 +192,52 @@ TEST_CASE("sizes around the key blocks") {
     }
 }
 
+TEST_CASE("units of several groups share their key blocks") {
+    POLYATTN_RANDOM(random);
+    // Long rows: more than 1024 keys, enough queries for units of several groups, ends around groups, tiles and blocks.
+    for (const index_t n : {1024, 1033, 1055}) {
+        Case c{"dense", Dense{}.plan(n, n), NoDiffusion{}.recursion(), 4, 4};
+        check_case<float>(c, random);
+        c.plan = Causal{}.plan(n, n);
+        c.options.key_lengths = {n - random.below(300)};
+        check_case<float>(c, random);
+    }
+    const index_t n = 1040 + random.below(30);
+    for (const std::size_t budget : {std::size_t{0}, std::size_t{1} << 28}) {
+        Case c{"global rows", LocalGlobalRandom{.window = 16, .globals = 40, .randoms = 3, .seed = random.seed()}.plan(n, n), PPR<2>{}.recursion(), 4, 6};
+        c.options.weight_budget = budget;
+        check_case<float>(c, random);
+    }
+    Case c{"windows", SlidingWindow{.window = 100}.plan(300, 300), PPR<3>{}.recursion(), 40, 72};
+    check_case<double>(c, random);
+    check_case<float>(c, random);
+}
+
+TEST_CASE("one query: all ways through the keys") {
+    POLYATTN_RANDOM(random);
+    for (const index_t keys : {1, 15, 16, 17, 127, 128, 129, 4096, 4097, 9000})
+        for (const auto& [heads, key_heads] : {std::pair{1, 1}, std::pair{2, 1}, std::pair{3, 1}, std::pair{10, 2}, std::pair{17, 1}})
+            for (const Plan& plan : {Dense{}.plan(1, keys), LocalGlobalRandom{.window = 40, .globals = std::min(keys, 9), .randoms = 5, .seed = random.seed()}.plan(1, keys)}) {
+                if (keys > 1000 && heads > 3) continue;
+                const index_t d = keys > 1000 ? 4 : dims[random.below(std::size(dims))];
+                Case c{"one query", plan, NoDiffusion{}.recursion(), d, dims[random.below(std::size(dims))], 2, heads, key_heads};
+                if (keys > 1) c.options.key_lengths = {keys, random.below(keys)};
+                check_case<float>(c, random, keys < 1000);
+                if (keys < 1000) check_case<double>(c, random, false);
+            }
+    // NaN behind the valid keys stays there; large scores and leaders far on.
+    const index_t keys = 5000;
+    auto q = random.tensor<float>({8, 1, 16}), k = random.tensor<float>({1, keys, 16}), v = random.tensor<float>({1, keys, 16});
+    for (float& value : q.values) value *= 100;
+    const Fast attention{AnyDiffusion{NoDiffusion{}.recursion()}};
+    CallOptions options;
+    options.plan = Dense{}.plan(1, keys);
+    options.key_lengths = {keys - 100};
+    const auto clean = attention(q.view(), k.view(), v.view(), options);
+    for (std::size_t i = static_cast<std::size_t>(keys - 100) * 16; i < k.values.size(); ++i) k.values[i] = v.values[i] = std::numeric_limits<float>::quiet_NaN();
+    CHECK(attention(q.view(), k.view(), v.view(), options).values == clean.values);
+}
+
 TEST_CASE("biases") {
     POLYATTN_RANDOM(random);
     const auto check = [&]<class Bias>(const Bias& bias, const char* name) {
@@ -206,6 +252,12 @@ TEST_CASE("biases") {
             check_case<double>(c, random, true, fast, exact);
         }
     };
+    // By the table of distances: whole groups, listed rows and keys, edges, and other numbers of queries than keys.
+    for (const Plan& plan : {Dense{}.plan(70, 70), Dense{}.plan(40, 75), Causal{}.plan(33, 60), SlidingWindow{.window = 30}.plan(100, 100), Strided{.stride = 7}.plan(64, 64),
+                             GlobalTokens{.tokens = {1, 20, 40, 65}}.plan(66, 66), RandomTokens{.count = 9, .seed = random.seed()}.plan(50, 50)}) {
+        Case c{"Alibi by distances", plan, NoDiffusion{}.recursion(), 8, 8, 2, 2, 2};
+        check_case<float>(c, random, true, Attention<AnyDiffusion, Alibi>{AnyDiffusion{c.recursion}, Alibi(2)}, Attention<AnyDiffusion, Alibi, Reference>{AnyDiffusion{c.recursion}, Alibi(2)});
+    }
     check(Alibi(2), "Alibi");
     RelativePosition table{.heads = 2, .reach = 4, .table = std::vector<double>(18)};
     for (double& entry : table.table) entry = random.normal();

@@ -1,0 +1,81 @@
+// polyattn's side of compare.py: ours CASE N WINDOW THREADS FOLDER. Reads q, k, v and d_out (n x 64 floats) from the folder, writes out
+// (and the pattern's pairs for "pairs"), prints seconds of forward and of forward + backward: medians.
+#include "../common.hpp"
+
+#include <fstream>
+#include <iostream>
+
+using namespace bench;
+
+namespace {
+
+std::string folder;
+
+Tensor<float> read(const char* name, index_t n) {
+    Tensor<float> tensor({n, 64});
+    std::ifstream file(folder + "/" + name, std::ios::binary);
+    file.read(reinterpret_cast<char*>(tensor.data()), static_cast<std::streamsize>(tensor.values.size() * sizeof(float)));
+    if (!file) throw std::runtime_error("cannot read " + folder + "/" + name);
+    return tensor;
+}
+template <class T>
+void write(const char* name, const std::vector<T>& values) {
+    std::ofstream(folder + "/" + name, std::ios::binary).write(reinterpret_cast<const char*>(values.data()), static_cast<std::streamsize>(values.size() * sizeof(T)));
+}
+
+template <class F>
+double median_seconds(F&& f) {
+    f();
+    std::vector<double> times;
+    const double until = seconds() + 1;
+    while (times.size() < 5 || (seconds() < until && times.size() < 200)) {
+        const double start = seconds();
+        f();
+        times.push_back(seconds() - start);
+    }
+    return median(std::move(times));
+}
+
+template <class Layer>
+void run(const Layer& layer, index_t n) {
+    const auto q = read("q", n), k = read("k", n), v = read("v", n), d_out = read("d_out", n);
+    Workspace workspace;
+    const CallOptions options{.plan = layer.plan(n, n), .workspace = &workspace};
+    Tensor<float> out({n, 64});
+    const double forward = median_seconds([&] { layer.into(out.view(), q.view(), k.view(), v.view(), options); });
+    write("out", out.values);
+    auto gradients = layer.backward(layer.forward(q.view(), k.view(), v.view(), options).saved, d_out.view(), options);
+    const double both = median_seconds([&] {
+        const auto saved = layer.forward(q.view(), k.view(), v.view(), options).saved;
+        layer.backward_into(gradients, saved, d_out.view(), options);
+    });
+    std::cout << forward << " " << both << " " << fma_peak<float>() / 1e9 << std::endl;
+}
+
+}  // namespace
+
+int main(int count, char** arguments) {
+    if (count != 6) return std::cerr << "ours CASE N WINDOW THREADS FOLDER\n", 1;
+    const std::string name = arguments[1];
+    const index_t n = std::atoi(arguments[2]), window = std::atoi(arguments[3]);
+    use_threads(std::atoi(arguments[4]));
+    folder = arguments[5];
+    const LocalGlobalRandom pattern{};
+    if (name == "dense") run(Attention<>{}, n);
+    else if (name == "causal") run(Attention<Causal>{}, n);
+    else if (name == "window") run(Attention{SlidingWindow{.window = window}}, n);
+    else if (name == "pattern") run(Attention{pattern}, n);
+    else if (name == "diffuser") run(Attention{pattern, PPR<5>{}}, n);
+    else if (name == "pairs") {
+        std::vector<std::int64_t> starts = {0}, keys;
+        const Plan plan = pattern.plan(n, n);
+        for (index_t i = 0; i < n; ++i) {
+            const auto first = static_cast<std::ptrdiff_t>(keys.size());
+            plan.for_each_key(i, [&](index_t j) { keys.push_back(j); });
+            std::sort(keys.begin() + first, keys.end());
+            starts.push_back(static_cast<std::int64_t>(keys.size()));
+        }
+        write("starts", starts);
+        write("keys", keys);
+    } else return std::cerr << "no such case: " << name << "\n", 1;
+}
