@@ -4,7 +4,7 @@
 python3 bench/compare/compare.py BUILD [--n 4096] [--venv FOLDER]
 
 BUILD is a build folder with the target bench_compare. The packages come from PyPI into a virtual environment of its own; where PyPI can't
-be reached this says so and prints polyattn's columns alone.
+be reached, or with POLYATTN_OFFLINE=1, this says so and prints polyattn's columns alone.
 """
 import argparse, os, pathlib, statistics, subprocess, sys, tempfile, time, warnings
 
@@ -15,6 +15,9 @@ LATE = [["--no-deps", "dgl==2.1.0"], ["networkx", "requests", "tqdm", "psutil", 
 def prepare(venv):
     """The environment's Python, or None."""
     python = venv / "bin" / "python"
+    if os.environ.get("POLYATTN_OFFLINE"):
+        print("POLYATTN_OFFLINE is set: polyattn's columns alone")
+        return None
     if (venv / "ready").exists():
         return python
     print(f"installing {', '.join(PACKAGES)}, dgl into {venv} (some GB)", flush=True)

@@ -411,10 +411,10 @@ private:
         const auto& bound = detail::bind_bias(bias_, q.tokens(), k.tokens());
         Workspace own;
         Workspace& workspace = options.workspace ? *options.workspace : own;
-        const index_t group = k.heads() == 0 ? 1 : q.heads() / k.heads();
+        const index_t group = k.heads() == 0 ? 0 : q.heads() / k.heads();
         const auto lines = static_cast<offset_t>(recursion_.hops.size()) * q.tokens() * v.dim();
         if constexpr (!std::is_same_v<Backend, Reference>)
-            if (q.tokens() == 1 && k.heads() > 0 && detail::simd::is_decoding(make_head<T>(q, k, v, plan, bound, options, 0, 0, 0))) {
+            if (q.tokens() == 1 && group > 0 && detail::simd::is_decoding(make_head<T>(q, k, v, plan, bound, options, 0, 0, 0))) {
                 // Heads that share keys read them once.
                 for_each_item(offset_t{k.batch()} * k.heads(), workspace, options.workspace != nullptr, [&](offset_t item, detail::Workers& workers) {
                     using Head = decltype(make_head<T>(q, k, v, plan, bound, options, 0, 0, 0));

@@ -5,12 +5,15 @@ work=$3/documented_commands
 rm -rf "$work" && mkdir -p "$work"
 tar -C "$2" --exclude=./build --exclude=./.git -cf - . | tar -C "$work" -xf -
 cd "$work" || exit 1
+# What takes minutes or gigabytes does the least that still shows that the command works.
+export POLYATTN_OFFLINE=1 POLYATTN_SUMMARY_FILTER='dense/n:1024/d:64|n:4096/g:96' POLYATTN_COMPARE_SECONDS=0.01
 failed=0
 ran=0
 while IFS= read -r line; do
     case $line in
         '' | '#'*) continue ;;
         *check.cmake*) continue ;; # this very test
+        python3*) command -v python3 > /dev/null || { echo "no python3, not run: $line"; continue; } ;;
     esac
     echo "\$ $line"
     if ! (eval "$line") > output.txt 2>&1; then

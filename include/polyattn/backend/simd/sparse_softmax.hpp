@@ -191,14 +191,13 @@ protected:
         return make_block(group_of(unit, slot), piece, plan_.tiles()[static_cast<std::size_t>(piece.tile)], range, head_.query_length, head_.key_length);
     }
 
-    /// Cuts a span into ranges of up to `most` keys of nearly equal sizes.
+    /// Cuts a span into ranges of up to `most` keys (a multiple of span_unit) of nearly equal sizes.
     template <class F>
     static void for_each_range(Bounds span, index_t most, F&& f) {
+        if (span.empty()) return;
         const index_t ranges = (span.size() + most - 1) / most;
-        for (index_t r = 0; r < ranges; ++r) {
-            const auto cut = [&](index_t at) { return at == ranges ? span.end : span.begin + static_cast<index_t>(offset_t{span.size()} * at / ranges) / span_unit * span_unit; };
-            f(Bounds{cut(r), cut(r + 1)});
-        }
+        const index_t step = ((span.size() + ranges - 1) / ranges + span_unit - 1) / span_unit * span_unit;
+        for (index_t first = span.begin; first < span.end; first += step) f(Bounds{first, std::min(first + step, span.end)});
     }
     Bounds span_of(const Unit& unit, std::size_t p) const {
         Bounds span = schedule_.pieces(group_of(unit, 0))[p].span;
