@@ -295,7 +295,9 @@ protected:
             if (!std::equal(last, last + group_size, reference)) {
                 T* const weights = stored_weights(block, piece);
                 for (int part = 0; part < group_size; part += Tiles::lanes) {
-                    const V factor = pow2(V::load_unaligned(reference + part) - V::load_aligned(last + part));
+                    // Exactly 1 for the queries that keep their reference: another query's key must not move their bits.
+                    const V fall = V::load_unaligned(reference + part) - V::load_aligned(last + part);
+                    const V factor = xsimd::select(fall == V(T(0)), V(T(1)), pow2(fall));
                     for (index_t p = 0; p < block.keys; ++p) (V::load_aligned(weights + p * group_size + part) * factor).store_aligned(weights + p * group_size + part);
                 }
             }
