@@ -174,7 +174,7 @@ void decode(std::span<const Head<T, Bias>> heads, std::span<const HeadResult<T>>
                 sum += exp2_in_place<T, A>(own, reference);
             }
             for (index_t m = 0; m < rows; ++m)
-                for_column_panels<2, width>(columns, [&](auto vectors, index_t column) POLYATTN_INLINE_LAMBDA {
+                for_column_panels<4, width>(columns, [&](auto vectors, index_t column) POLYATTN_INLINE_LAMBDA {
                     one_row_tile<vectors, T, A>(weights + m * block, run, at, count, v, sums + m * columns, column);
                 });
         }

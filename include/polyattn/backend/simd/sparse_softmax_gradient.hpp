@@ -122,7 +122,6 @@ public:
                 });
             });
         block_keys_ = std::max<offset_t>(offset_t{Schedule::most_narrow_groups} * Tiles::key_block, offset_t{Schedule::most_groups} * Tiles::shared_key_block);
-        for (int w = 0; w < workers.count(); ++w) scratch_[static_cast<std::size_t>(w)].block_references = nullptr;
     }
 
     /// The dense part of A^T needs the weights only, so it can share its pass with the gradient of the weights.
