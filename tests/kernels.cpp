@@ -310,6 +310,20 @@ TEST_CASE("scores that rise and fall by 100 nats from tile to tile") {
     }
 }
 
+TEST_CASE("queries that see nothing of the first tiles, far below the others' references") {
+    POLYATTN_RANDOM(random);
+    const index_t n = 40;
+    PlanBuilder builder(n, n);
+    builder.tile(IndexSequence::range(0, 5), IndexSequence::range(0, 8));
+    builder.tile(IndexSequence::range(0, n), IndexSequence::list({8, 10, 13, 20, 30, 31}));
+    for (const double level : {-300., 300.}) {
+        const FunctionBias bias{[level](index_t, index_t, index_t query, index_t) { return query % 2 ? level : 0.; }};
+        using Bias = std::remove_const_t<decltype(bias)>;
+        Case c{"late queries", PlanBuilder(builder).build(), PPR<2>{}.recursion(), 8, 8};
+        check_case<float>(c, random, true, Attention<AnyDiffusion, Bias>{AnyDiffusion{c.recursion}, bias}, Attention<AnyDiffusion, Bias, Reference>{AnyDiffusion{c.recursion}, bias});
+    }
+}
+
 TEST_CASE("pow2: relative error, exact zeros, NaN") {
     using A = xsimd::default_arch;
     const auto check = []<class T>(T, double bound, double low, double high) {

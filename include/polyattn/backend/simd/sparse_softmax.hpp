@@ -295,9 +295,10 @@ protected:
             if (!std::equal(last, last + group_size, reference)) {
                 T* const weights = stored_weights(block, piece);
                 for (int part = 0; part < group_size; part += Tiles::lanes) {
-                    // Exactly 1 for the queries that keep their reference: another query's key must not move their bits.
-                    const V fall = V::load_unaligned(reference + part) - V::load_aligned(last + part);
-                    const V factor = xsimd::select(fall == V(T(0)), V(T(1)), pow2(fall));
+                    // Exactly 1 for the queries that keep their reference (another query's key must not move their bits) and for those
+                    // that had none yet: their weights are 0, their first reference may lie far below, and 0 * 2^far is NaN.
+                    const V rise = V::load_aligned(last + part) - V::load_unaligned(reference + part);
+                    const V factor = xsimd::select(rise > V(T(0)), pow2(V(T(0)) - rise), V(T(1)));
                     for (index_t p = 0; p < block.keys; ++p) (V::load_aligned(weights + p * group_size + part) * factor).store_aligned(weights + p * group_size + part);
                 }
             }
