@@ -175,7 +175,7 @@ TEST_CASE("other numbers of queries than keys") {
 
 TEST_CASE("sizes around the key blocks") {
     POLYATTN_RANDOM(random);
-    for (const index_t keys : {127, 129, 255, 256, 257, 271, 273, 543, 545, 815, 1023, 1030, 1087, 1279}) {
+    for (const index_t keys : {127, 129, 255, 257, 271, 273, 543, 545, 1087}) {
         Case c{"dense", Dense{}.plan(20, keys), NoDiffusion{}.recursion(), 16, 16};
         check_case<float>(c, random);
         check_case<double>(c, random);

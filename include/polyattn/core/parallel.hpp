@@ -2,6 +2,7 @@
 
 #include <polyattn/core/config.hpp>
 
+#include <algorithm>
 #include <exception>
 #include <utility>
 #if defined(_OPENMP)
@@ -64,5 +65,19 @@ void parallel_for(offset_t count, Body&& body) {
 #endif
     for (offset_t i = 0; i < count; ++i) detail::call_body(body, i, 0);
 }
+
+namespace detail {
+
+/// Calls f(i) for the rows [0, count), in parallel, several at a time.
+template <class F>
+void parallel_rows(index_t count, F&& f) {
+    constexpr index_t unit = 64;
+    parallel_for((count + unit - 1) / unit, [&](offset_t u, int) {
+        const auto first = static_cast<index_t>(u) * unit;
+        for (index_t i = first; i < std::min(first + unit, count); ++i) f(i);
+    });
+}
+
+}  // namespace detail
 
 POLYATTN_END_NAMESPACE

@@ -107,23 +107,17 @@ void backward(const Head<T, Bias>& head, const HeadGradient<T>& gradient, Worker
 
     // One hop needs every weight once: for dV and for the gradient of the weights in the same pass.
     const bool fused = count == 1 && attention.shares_passes();
-    constexpr index_t unit = 64;
-    const auto for_each_row = [&](index_t count_of_rows, auto&& f) {
-        parallel_for((count_of_rows + unit - 1) / unit, [&](offset_t u, int) {
-            for (index_t i = static_cast<index_t>(u) * unit; i < std::min(static_cast<index_t>(u + 1) * unit, count_of_rows); ++i) f(i);
-        });
-    };
     Rows<T> g = readable_rows(gradient.d_out, true, width, arena);
     T* summed = nullptr;  // g of the hop before, where it can be written
     for (std::size_t k = count; k-- > 0;) {
         const T teleport = static_cast<T>(hops[k].teleport), walk = static_cast<T>(hops[k].walk);
         if (head.dropout.drops_values() && !summed) {
             summed = arena.take<T>(offset_t{rows} * columns).data();
-            for_each_row(rows, [&](index_t i) { std::copy_n(g.row(i), columns, summed + offset_t{i} * columns); });
+            parallel_rows(rows, [&](index_t i) { std::copy_n(g.row(i), columns, summed + offset_t{i} * columns); });
             g = {summed, columns};
         }
         T* const scaled = arena.take<T>(offset_t{rows} * columns).data();
-        for_each_row(rows, [&](index_t i) {
+        parallel_rows(rows, [&](index_t i) {
             T* const to = scaled + offset_t{i} * columns;
             const T* const from = g.row(i);
             if (!attention.is_alive(i)) {
@@ -146,7 +140,7 @@ void backward(const Head<T, Bias>& head, const HeadGradient<T>& gradient, Worker
     }
     attention.weights_gradient(terms, row_means, gradient, fused ? summed : nullptr);
     if (start != 0)
-        for_each_row(keys, [&](index_t j) { add_row<A>(gradient.d_v, j, static_cast<T>(start), summed + offset_t{j} * columns); });
+        parallel_rows(keys, [&](index_t j) { add_row<A>(gradient.d_v, j, static_cast<T>(start), summed + offset_t{j} * columns); });
 }
 
 }  // namespace detail::simd

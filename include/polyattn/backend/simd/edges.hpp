@@ -82,7 +82,7 @@ POLYATTN_ALWAYS_INLINE Vec<T, A> lane_sums(PerLane<T, A>& x) {
     constexpr int rounds = std::bit_width(static_cast<unsigned>(lanes<T, A>)) - 1;
     unroll<rounds>([&](auto r) POLYATTN_INLINE_LAMBDA {
         constexpr int half = lanes<T, A> >> (r + 1);
-        expand<half>([&]<int... I>(Ints<I...>) POLYATTN_INLINE_LAMBDA { ((x[I] = interleave_low<T, A>(x[I], x[I + half]) + interleave_high<T, A>(x[I], x[I + half])), ...); });
+        expand<half>([&]<int... I>(Ints<I...>) POLYATTN_INLINE_LAMBDA { ((x[I] = interleave<false, T, A>(x[I], x[I + half]) + interleave<true, T, A>(x[I], x[I + half])), ...); });
     });
     return x[0];
 }

@@ -29,19 +29,20 @@ POLYATTN_ALWAYS_INLINE Vec<T, A> pow2(Vec<T, A> t) {
     constexpr auto& c = exp2_coefficients<T>;
     constexpr int degree = static_cast<int>(std::size(c)) - 1;
 
+    const auto polynomial = [&](V f) POLYATTN_INLINE_LAMBDA {
+        V p(c[degree]);
+        unroll<degree>([&](auto k) POLYATTN_INLINE_LAMBDA { p = multiply_add(p, f, V(c[degree - 1 - k])); });
+        return p;
+    };
 #if XSIMD_WITH_AVX512DQ
     // Fraction and scaling by 2^floor(t) are one instruction each.
     if constexpr (is_avx512<A> && single) {
-        const V f(_mm512_reduce_ps(t, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC));
-        V p(c[degree]);
-        unroll<degree>([&](auto k) POLYATTN_INLINE_LAMBDA { p = multiply_add(p, f, V(c[degree - 1 - k])); });
+        const V p = polynomial(V(_mm512_reduce_ps(t, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC)));
         return _mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(t, V(-126.f), _CMP_NLT_UQ), p, t);
     }
 #endif
     const V whole = single ? xsimd::floor(t) : xsimd::nearbyint(t);
-    const V f = t - whole;
-    V p(c[degree]);
-    unroll<degree>([&](auto k) POLYATTN_INLINE_LAMBDA { p = multiply_add(p, f, V(c[degree - 1 - k])); });
+    const V p = polynomial(t - whole);
     // 2^whole by its bits: adding 1.5 * 2^mantissa leaves whole + bias in the low ones. A product keeps NaN what it is.
     const V low_bits = whole + V(static_cast<T>(3 * (I{1} << (mantissa - 1)) + exponent_bias));
     const V scale = bit_cast<T>(bit_cast<I>(low_bits) << mantissa);

@@ -40,13 +40,17 @@ void scale_row(const T* from, T factor, index_t columns, T* to) {
     using V = Vec<T, A>;
     map_row<T, A>(from, to, columns, [&](V x, V) POLYATTN_INLINE_LAMBDA { return x * V(factor); });
 }
+/// to += factor * from, rounded as the tiles round it: the bits of a row must not depend on which of them works on it.
+template <class T, class A>
+void add_scaled(T factor, const T* from, index_t columns, T* to) {
+    using V = Vec<T, A>;
+    map_row<T, A>(from, to, columns, [&](V x, V y) POLYATTN_INLINE_LAMBDA { return multiply_add(V(factor), x, y); });
+}
 /// Row i of `to` += factor * from.
 template <class A, class T>
 void add_row(MatrixView<T> to, index_t i, T factor, const T* from) {
-    using V = Vec<T, A>;
-    const auto add = [&](V x, V y) POLYATTN_INLINE_LAMBDA { return multiply_add(V(factor), x, y); };
-    if (to.col_stride == 1) return map_row<T, A>(from, &to(i, 0), to.cols, add);
-    for (index_t c = 0; c < to.cols; ++c) map_row<T, A>(from + c, &to(i, c), 1, add);
+    if (to.col_stride == 1) return add_scaled<T, A>(factor, from, to.cols, &to(i, 0));
+    for (index_t c = 0; c < to.cols; ++c) add_scaled<T, A>(factor, from + c, 1, &to(i, c));
 }
 template <class T, class A>
 T dot(const T* a, const T* b, index_t columns) {

@@ -94,14 +94,16 @@ public:
         choose_storage();
         relative_ = stored_;
         score_edges();
-        if (stored_)
-            for (Scratch& scratch : scratch_) scratch.block_references = workers_[static_cast<int>(&scratch - scratch_.data())].template take<T>(most_blocks() * group_size).data();
+        if (stored_) {
+            const offset_t references = most_blocks() * group_size;
+            for (int w = 0; w < workers_.count(); ++w) scratch_[static_cast<std::size_t>(w)].block_references = workers_[w].template take<T>(references).data();
+        }
         for_each_unit([&](const Unit& unit, Scratch& scratch) {
             online_weights(unit, scratch, [](std::size_t, const Block&, const Piece&, const T*) {});
             if (stored_) join_blocks(unit, scratch);
             finish_unit(unit, scratch, wants_logsumexp || !stored_);
         });
-        for_each_row([&](index_t i) {
+        parallel_rows(head_.q.rows, [&](index_t i) {
             if (!rows_are_lanes() || schedule_.slots(i).empty()) finish_row(i, wants_logsumexp || !stored_);
         });
     }
@@ -111,7 +113,7 @@ public:
         relative_ = true;
         score_edges();
         start(x, false);
-        for_each_row([&](index_t i) {
+        parallel_rows(head_.q.rows, [&](index_t i) {
             if (schedule_.slots(i).empty()) finish_row(i, wants_logsumexp);
         });
         start_rows(v, hop, out, out_stride);
@@ -166,15 +168,6 @@ protected:
         if (has_shared_rows())
             for (offset_t u = 0; u < count; ++u) run(u, 0);
         else parallel_for(count, run);
-    }
-
-    template <class F>
-    void for_each_row(F&& f) {
-        constexpr index_t unit = 64;
-        parallel_for((head_.q.rows + unit - 1) / unit, [&](offset_t u, int) {
-            const auto first = static_cast<index_t>(u) * unit;
-            for (index_t i = first; i < std::min(first + unit, head_.q.rows); ++i) f(i);
-        });
     }
 
     /// f(lane, row) for the working lanes of a group.
@@ -361,7 +354,7 @@ protected:
         split(k_, head_.k.rows, keys);
         edge_dots(q_, static_cast<T>(head_.scale * log2_e), keys, edge_weights_, false);
         if constexpr (!std::is_same_v<Bias, NoBias>)
-            for_each_row([&](index_t i) {
+            parallel_rows(head_.q.rows, [&](index_t i) {
                 const auto [first, last] = edge_range(i);
                 for (offset_t e = first; e < last; ++e) edge_weights_[static_cast<std::size_t>(e)] += edge_bias(i, plan_.edges().keys[static_cast<std::size_t>(e)]);
             });
@@ -373,18 +366,14 @@ protected:
     }
 
     void split(Rows<T> x, index_t rows, const Parts<T>& parts) {
-        constexpr index_t unit = 64;
-        parallel_for((rows + unit - 1) / unit, [&](offset_t u, int) {
-            const auto first = static_cast<index_t>(u) * unit;
-            for (index_t i = first; i < std::min(first + unit, rows); ++i) split_row(x.row(i), i, parts);
-        });
+        parallel_rows(rows, [&](index_t i) { split_row(x.row(i), i, parts); });
     }
 
     /// dots[edge] (+)= factor * a[query] . b[key].
     void edge_dots(Rows<T> a, T factor, const Parts<T>& b, std::span<T> dots, bool add) {
         const bool ahead = is_out_of_cache(b);
         for_each_part<T, A>(b, [&](auto vectors, index_t p) {
-            for_each_row([&](index_t i) {
+            parallel_rows(head_.q.rows, [&](index_t i) {
                 const auto [first, last] = edge_range(i);
                 gather_dots<vectors, T, A>(a.row(i) + p * Parts<T>::part_columns, factor, plan_.edges().keys.data() + first, last - first, b.part(p), known_edges(first, ahead),
                                            dots.data() + first, add || p > 0);
@@ -462,18 +451,14 @@ protected:
         if (!finite) f(true);
     }
 
-    static void scaled_row(const T* v, T factor, index_t columns, T* out) {
-        // A teleport of 0 must not meet a NaN in v.
-        if (is_zero(factor)) std::fill_n(out, columns, T(0));
-        else
-            for (index_t c = 0; c < columns; ++c) out[c] = factor * v[c];
-    }
-
     /// Rows that no group stores begin with their teleport: those without tiles, and all where groups add to shared rows.
     void start_rows(Rows<T> v, const Hop& hop, T* out, std::ptrdiff_t out_stride) {
-        for_each_row([&](index_t i) {
-            if (has_shared_rows() || schedule_.slots(i).empty())
-                scaled_row(v.row(i), is_alive(i) ? static_cast<T>(hop.teleport) : T(0), columns_, out + i * out_stride);
+        const T teleport = static_cast<T>(hop.teleport);
+        parallel_rows(head_.q.rows, [&](index_t i) {
+            if (!has_shared_rows() && !schedule_.slots(i).empty()) return;
+            // A teleport of 0 must not meet a NaN in v.
+            if (!is_alive(i) || is_zero(teleport)) std::fill_n(out + i * out_stride, columns_, T(0));
+            else scale_row<T, A>(v.row(i), teleport, columns_, out + i * out_stride);
         });
     }
 
@@ -511,7 +496,7 @@ protected:
         const bool ahead = is_out_of_cache(x);
         for_each_part<T, A>(x, [&](auto vectors, index_t p) {
             constexpr int N = vectors;
-            for_each_row([&](index_t i) {
+            parallel_rows(head_.q.rows, [&](index_t i) {
                 T* const to = out + i * out_stride + p * Parts<T>::part_columns;
                 V sum[N];
                 unroll<N>([&](auto v) POLYATTN_INLINE_LAMBDA { sum[v] = V(T(0)); });

@@ -103,7 +103,7 @@ public:
             this->logsumexp_[static_cast<std::size_t>(i)] = this->is_alive(i) ? static_cast<T>(double(logsumexp[i]) * log2_e) : T(0);
         }
         this->score_edges();
-        this->for_each_row([&](index_t i) {
+        parallel_rows(head_.q.rows, [&](index_t i) {
             exp2_in_place<T, A>(this->edges_of(edge_weights_, i), this->logsumexp_[static_cast<std::size_t>(i)]);
             this->finish_edges(i, T(1));
         });
@@ -148,7 +148,7 @@ public:
             }
             sums.finish(chunk, worker);
         });
-        for_each_key([&](index_t j) { sums.join(j); });
+        parallel_rows(plan_.keys(), [&](index_t j) { sums.join(j); });
         bad_x_ = {};
         add_transposed_edges(x, T(1), columns_, out);
     }
@@ -240,7 +240,7 @@ public:
             k_sums.finish(chunk, worker);
             if (v_sums) v_sums->finish(chunk, worker);
         });
-        for_each_key([&](index_t j) {
+        parallel_rows(plan_.keys(), [&](index_t j) {
             k_sums.join(j);
             if (v_sums) v_sums->join(j);
         });
@@ -249,7 +249,7 @@ public:
         edge_gradients(terms, row_means, q, k, scale, gradient, d_k);
         for (std::size_t part = 0; part < static_cast<std::size_t>(schedule_.chunks()); ++part)
             for (std::size_t b = 0; b < bias_size; ++b) gradient.bias_gradient[b] += bias_parts[part * bias_size + b];
-        for_each_key([&](index_t j) { add_row<A>(gradient.d_k, j, T(1), d_k + offset_t{j} * dim_); });
+        parallel_rows(plan_.keys(), [&](index_t j) { add_row<A>(gradient.d_k, j, T(1), d_k + offset_t{j} * dim_); });
     }
 
 private:
@@ -284,14 +284,6 @@ private:
             scratch.values.forget();
         }
         parallel_for(schedule_.chunks(), [&](offset_t chunk, int worker) { f(chunk, worker); });
-    }
-    template <class F>
-    void for_each_key(F&& f) {
-        constexpr index_t unit = 64;
-        parallel_for((plan_.keys() + unit - 1) / unit, [&](offset_t u, int) {
-            const auto first = static_cast<index_t>(u) * unit;
-            for (index_t j = first; j < std::min(first + unit, plan_.keys()); ++j) f(j);
-        });
     }
 
     /// f(blocks of the unit's groups, their range of key positions): a row of keys is visited once for all of a unit's queries.
@@ -356,7 +348,7 @@ private:
     }
 
     void transpose_edges(const TransposedEdges& edges, std::span<const T> weights) {
-        for_each_key([&](index_t j) {
+        parallel_rows(plan_.keys(), [&](index_t j) {
             for (offset_t e = edges.offsets[static_cast<std::size_t>(j)]; e < edges.offsets[static_cast<std::size_t>(j) + 1]; ++e)
                 transposed_weights_[static_cast<std::size_t>(e)] = weights[static_cast<std::size_t>(edges.forward[static_cast<std::size_t>(e)])];
         });
@@ -373,7 +365,7 @@ private:
         const bool ahead = is_out_of_cache(parts);
         for_each_part<T, A>(parts, [&](auto vectors, index_t p) {
             constexpr int N = vectors;
-            for_each_key([&](index_t j) {
+            parallel_rows(plan_.keys(), [&](index_t j) {
                 if (j >= head_.key_length) return;
                 // Rows of padding and rows without keys have no weight and must not be read.
                 offset_t first = edges.offsets[static_cast<std::size_t>(j)], last = edges.offsets[static_cast<std::size_t>(j) + 1];
@@ -438,7 +430,7 @@ private:
             this->split(terms[t].z, z.rows, z);
             this->edge_dots(terms[t].g, T(1), z, d_scores, t > 0);
         }
-        this->for_each_row([&](index_t i) {
+        parallel_rows(head_.q.rows, [&](index_t i) {
             const auto [first, last] = this->edge_range(i);
             const T mean = row_means[static_cast<std::size_t>(i)];
             for (offset_t e = edges.offsets[static_cast<std::size_t>(i)]; e < edges.offsets[static_cast<std::size_t>(i) + 1]; ++e) {
@@ -456,7 +448,7 @@ private:
         this->split(k, keys.rows, keys);
         edge_weights_ = d_scores;
         this->sum_edges(keys, scale, d_query.data(), dim_, nullptr);
-        this->for_each_row([&](index_t i) {
+        parallel_rows(head_.q.rows, [&](index_t i) {
             add_row<A>(gradient.d_q, i, T(1), d_query.data() + offset_t{i} * dim_);
         });
         transpose_edges(plan_.template lowered<TransposedEdges>(), d_scores);

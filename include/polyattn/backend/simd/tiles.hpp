@@ -1,5 +1,6 @@
 #pragma once
-// The dense micro-kernels, in registers. Every dense flop of forward and backward is done by one of these three.
+// The dense micro-kernels, in registers. Every dense flop of forward and backward is done by one of these three, but for single
+// queries (decode.hpp).
 
 #include <polyattn/backend/simd/schedule.hpp>
 #include <polyattn/backend/simd/vector.hpp>
@@ -96,13 +97,6 @@ POLYATTN_ALWAYS_INLINE void for_each_key_tile(index_t keys, F&& f, index_t posit
     for (; position + M <= keys; position += M) f(std::integral_constant<int, M>{}, position);
     if constexpr (M > 1)
         if (position < keys) for_each_key_tile<(M > 4 ? 4 : 1)>(keys, f, position);
-}
-
-/// out += factor * x, rounded as the tiles round it: the bits of a row must not depend on which of them works on it.
-template <class T, class A>
-void add_scaled(T factor, const T* x, index_t columns, T* out) {
-    using V = Vec<T, A>;
-    for (index_t c = 0; c < columns; c += Tiling<T, A>::lanes) multiply_add(V(factor), V::load_unaligned(x + c), V::load_unaligned(out + c)).store_unaligned(out + c);
 }
 
 /// Calls f(integral_constant width, column) for panels of nearly equal widths of up to N vectors that cover `columns`, a multiple of

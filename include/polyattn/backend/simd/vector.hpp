@@ -66,38 +66,29 @@ POLYATTN_ALWAYS_INLINE Vec<To, A> bit_cast(Vec<T, A> a) {
 #endif
 }
 
-/// a0 b0 a1 b1 .. of the lower halves, and of the upper ones. xsimd 8 interleaves within parts of 128 bits on AVX.
-template <class T, class A>
-POLYATTN_ALWAYS_INLINE Vec<T, A> interleave_low(Vec<T, A> a, Vec<T, A> b) {
+/// a0 b0 a1 b1 .. of the lower halves, or of the upper ones. xsimd 8 interleaves within parts of 128 bits on AVX.
+template <bool Upper, class T, class A>
+POLYATTN_ALWAYS_INLINE Vec<T, A> interleave(Vec<T, A> a, Vec<T, A> b) {
 #if XSIMD_WITH_AVX512F
     if constexpr (is_avx512<A>) {
-        if constexpr (std::is_same_v<T, float>) return _mm512_permutex2var_ps(a, _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23), b);
-        else return _mm512_permutex2var_pd(a, _mm512_setr_epi64(0, 8, 1, 9, 2, 10, 3, 11), b);
+        if constexpr (std::is_same_v<T, float>) {
+            constexpr int i = Upper ? 8 : 0;
+            return _mm512_permutex2var_ps(a, _mm512_setr_epi32(i, i + 16, i + 1, i + 17, i + 2, i + 18, i + 3, i + 19, i + 4, i + 20, i + 5, i + 21, i + 6, i + 22, i + 7, i + 23), b);
+        } else {
+            constexpr int i = Upper ? 4 : 0;
+            return _mm512_permutex2var_pd(a, _mm512_setr_epi64(i, i + 8, i + 1, i + 9, i + 2, i + 10, i + 3, i + 11), b);
+        }
     } else
 #endif
 #if XSIMD_WITH_AVX
     if constexpr (is_avx<A>) {
-        if constexpr (std::is_same_v<T, float>) return _mm256_permute2f128_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b), 0x20);
-        else return _mm256_permute2f128_pd(_mm256_unpacklo_pd(a, b), _mm256_unpackhi_pd(a, b), 0x20);
+        constexpr int halves = Upper ? 0x31 : 0x20;
+        if constexpr (std::is_same_v<T, float>) return _mm256_permute2f128_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b), halves);
+        else return _mm256_permute2f128_pd(_mm256_unpacklo_pd(a, b), _mm256_unpackhi_pd(a, b), halves);
     } else
 #endif
-        return xsimd::zip_lo(a, b);
-}
-template <class T, class A>
-POLYATTN_ALWAYS_INLINE Vec<T, A> interleave_high(Vec<T, A> a, Vec<T, A> b) {
-#if XSIMD_WITH_AVX512F
-    if constexpr (is_avx512<A>) {
-        if constexpr (std::is_same_v<T, float>) return _mm512_permutex2var_ps(a, _mm512_setr_epi32(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31), b);
-        else return _mm512_permutex2var_pd(a, _mm512_setr_epi64(4, 12, 5, 13, 6, 14, 7, 15), b);
-    } else
-#endif
-#if XSIMD_WITH_AVX
-    if constexpr (is_avx<A>) {
-        if constexpr (std::is_same_v<T, float>) return _mm256_permute2f128_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b), 0x31);
-        else return _mm256_permute2f128_pd(_mm256_unpacklo_pd(a, b), _mm256_unpackhi_pd(a, b), 0x31);
-    } else
-#endif
-        return xsimd::zip_hi(a, b);
+    if constexpr (Upper) return xsimd::zip_hi(a, b);
+    else return xsimd::zip_lo(a, b);
 }
 
 /// Fetches the line into the second-level cache.
@@ -141,7 +132,7 @@ POLYATTN_ALWAYS_INLINE void transpose(PerLane<T, A>& rows) {
     constexpr int rounds = std::bit_width(static_cast<unsigned>(width)) - 1;
     for (int round = 0; round < rounds; ++round)
         expand<width>([&]<int... I>(Ints<I...>) POLYATTN_INLINE_LAMBDA {
-            const PerLane<T, A> next = {(I % 2 == 0 ? interleave_low<T, A>(rows[I / 2], rows[I / 2 + width / 2]) : interleave_high<T, A>(rows[I / 2], rows[I / 2 + width / 2]))...};
+            const PerLane<T, A> next = {interleave<I % 2 == 1, T, A>(rows[I / 2], rows[I / 2 + width / 2])...};
             ((rows[I] = next[I]), ...);
         });
 }
