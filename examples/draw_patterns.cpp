@@ -1,6 +1,7 @@
-// Draws every pattern, 64 tokens each, as the pictures that the README shows:  draw_patterns FOLDER
+// Draws every pattern and one draw of every sampler, 64 tokens each, and how likely samplers keep a key:  draw_patterns FOLDER
 #include "png.hpp"
 
+#include <polyattn/analysis/sampling.hpp>
 #include <polyattn/polyattn.hpp>
 
 #include <filesystem>
@@ -53,5 +54,31 @@ int main(int argc, char** argv) {
     draw("Union", Union{Strided{.stride = 8}, GlobalTokens{.count = 3}});
     draw("Intersection", Intersection{LocalGlobalRandom{.window = 8, .globals = 4, .randoms = 4}, Causal{}});
     draw("Prefix", Prefix<ErdosRenyi>{.length = 128, .pattern = {.per_token = 12}});
-    std::cout << "22 pictures in " << folder.string() << "\n";
+    const auto draw_sample = [&](const char* name, const auto& sampler, bool causal) {
+        write_png((folder / name).replace_extension(".png"), enlarge(picture(sampler.sample(64, 64, {.seed = 1}, causal)), 2));
+    };
+    draw_sample("Unbiased", Unbiased{.drop = .75}, false);
+    draw_sample("LocallyBiased", LocallyBiased<4>{.sigma = .1}, false);
+    draw_sample("LocallyBiased-causal", LocallyBiased<4>{.sigma = .1}, true);
+    draw_sample("LocallyBiased-unbounded", LocallyBiased<4>{.sigma = infinite_sigma}, false);
+    draw_sample("Grid2D-rows", Grid2D{.height = 8, .width = 8, .row_windows = 4}, false);
+    draw_sample("Grid2D-windows", Grid2D{.height = 8, .width = 8, .window = 4, .shift = 2, .sigma = .75}, false);
+    // Windows downward, keys to the right, the darker the more likely; a strip a sigma: computed above, counted over 400 draws below.
+    for (const bool causal : {false, true}) {
+        Picture strips{4 * 64, 0, {}};
+        for (const double sigma : {.02, .05, .1, .25, .5}) {
+            ShareMatrix counted{4, 64, {}};
+            const ShareMatrix every = sampling_frequency(LocallyBiased<4>{.sigma = sigma}, 64, 64, causal, 400, 1);
+            for (index_t b = 0; b < 4; ++b)  // the last query of a window sees all of its sources
+                for (index_t j = 0; j < 64; ++j) counted.values.push_back(every(16 * b + 15, j));
+            for (const ShareMatrix& share : {sampling_probability(64, 4, sigma, causal), counted}) {
+                const Picture strip = heat_map(share, 4);
+                strips.pixels.insert(strips.pixels.end(), strip.pixels.begin(), strip.pixels.end());
+                strips.pixels.insert(strips.pixels.end(), 4 * 256, 255);
+                strips.height += strip.height + 4;
+            }
+        }
+        write_png(folder / (causal ? "sampling-causal.png" : "sampling.png"), strips);
+    }
+    std::cout << "30 pictures in " << folder.string() << "\n";
 }

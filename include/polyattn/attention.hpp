@@ -24,6 +24,8 @@ struct CallOptions {
     Dropout dropout = {};
     /// Used instead of the pattern's and sampler's own.
     std::optional<Plan> plan = {};
+    /// The same with a plan for each batch item, where items differ: graphs, draws of their own.
+    std::vector<Plan> item_plans = {};
     /// Scratch memory to reuse; one call at a time.
     Workspace* workspace = nullptr;
     /// Bytes that the stored weights of a head's tiles may take under diffusion and in backward; beyond, they are computed again. Weights
@@ -41,7 +43,7 @@ public:
     TensorView<const T> q() const { return view(q_, borrowed_[0]); }
     TensorView<const T> k() const { return view(k_, borrowed_[1]); }
     TensorView<const T> v() const { return view(v_, borrowed_[2]); }
-    const Plan& plan() const { return plan_; }
+    const Plan& plan(index_t item = 0) const { return options_.item_plans.empty() ? *options_.plan : options_.item_plans[static_cast<std::size_t>(item)]; }
     /// [batch * heads * queries], natural log.
     std::span<const T> logsumexp() const { return logsumexp_; }
 
@@ -53,8 +55,7 @@ private:
 
     std::optional<Tensor<T>> q_, k_, v_;
     std::array<TensorView<const T>, 3> borrowed_{};
-    Plan plan_;
-    CallOptions options_;
+    CallOptions options_;  // with the plans
     std::vector<T> logsumexp_;
     std::vector<T> hops_;  // Z_1 .. Z_K: [batch * heads][K][queries][value dim]
     std::size_t hop_count_ = 0;
@@ -100,6 +101,7 @@ public:
     }
 
     const Pattern& pattern() const { return pattern_; }
+    const Sampler& sampler() const { return sampler_; }
     const Diffusion& diffusion() const { return diffusion_; }
     const Bias& bias() const { return bias_; }
     const Recursion& recursion() const { return recursion_; }
@@ -169,14 +171,15 @@ public:
             saved.k_ = copy_of(ak.view());
             saved.v_ = copy_of(av.view());
         }
-        saved.options_ = options;
+        saved.options_ = planned(aq.view(), ak.view(), av.view(), options);
         saved.options_.workspace = nullptr;
-        saved.plan_ = plan_for(options, aq.view().tokens(), ak.view().tokens());
         const auto lines = static_cast<std::size_t>(aq.view().batch()) * static_cast<std::size_t>(aq.view().heads()) * static_cast<std::size_t>(aq.view().tokens());
         saved.hop_count_ = recursion_.hops.size();
         saved.logsumexp_.resize(lines);
         saved.hops_.resize(lines * recursion_.hops.size() * static_cast<std::size_t>(av.view().dim()));
-        run<T>(aq.view(), ak.view(), av.view(), memory_of(out), options, saved.logsumexp_.data(), saved.hops_.data(), false);
+        CallOptions with_plans = saved.options_;
+        with_plans.workspace = options.workspace;
+        run<T>(aq.view(), ak.view(), av.view(), memory_of(out), with_plans, saved.logsumexp_.data(), saved.hops_.data(), false);
         return Forward<decltype(out), T>{std::move(out), std::move(saved)};
     }
 
@@ -226,7 +229,7 @@ public:
                 const auto b = static_cast<index_t>(item / k.heads()), kh = static_cast<index_t>(item % k.heads());
                 const auto h = static_cast<index_t>(kh * group + query_item % group);
                 const offset_t line = offset_t{b} * q.heads() + h;
-                const auto head = make_head<T>(q, k, v, saved.plan_, bound, saved.options_, b, h, kh);
+                const auto head = make_head<T>(q, k, v, saved.plan(b), bound, saved.options_, b, h, kh);
                 detail::HeadGradient<T> gradient{d.head(b, h), saved.logsumexp_.data() + line * q.tokens(),
                                                  saved.hops_.data() + line * static_cast<offset_t>(recursion_.hops.size()) * q.tokens() * v.dim(),
                                                  vq.head(b, h), vk.head(b, kh), vv.head(b, kh),
@@ -239,12 +242,15 @@ public:
         for (std::size_t at = 0; at < bias_parts.size(); ++at) d_bias[at % d_bias.size()] += bias_parts[at];
     }
 
-    /// Does all the checks of operator() on the same arguments and returns the plan that it would use. Throws invalid_input.
+    /// Does all the checks of operator() on the same arguments and returns the options with the plans that it would use. Throws invalid_input.
     template <class Q, class K, class V>
-    Plan checked_plan(const Q& q, const K& k, const V& v, const CallOptions& options) const {
+    CallOptions planned(const Q& q, const K& k, const V& v, CallOptions options) const {
         using T = common_element<Q, K, V>;
         const detail::Adapted<T> aq(q, "q"), ak(k, "k"), av(v, "v");
-        return check<T>(aq.view(), ak.view(), av.view(), options);
+        Plans plans = check<T>(aq.view(), ak.view(), av.view(), options);
+        if (!plans.drawn.empty()) options.item_plans = std::move(plans.drawn);
+        else if (options.item_plans.empty()) options.plan = std::move(plans.shared);
+        return options;
     }
 
 private:
@@ -352,27 +358,55 @@ private:
 
     Plan make_plan(index_t queries, index_t keys, const Draw& draw) const {
         if constexpr (!samples) return pattern_.plan(queries, keys);
-        else {
-            const Plan sampled = sampler_.sample(queries, keys, draw, detail::is_causal<Pattern>());
-            if constexpr (std::is_same_v<Pattern, Dense>) return sampled;
-            else return intersect(pattern_.plan(queries, keys), sampled);
-        }
+        else return thinned(sampler_.sample(queries, keys, draw, detail::is_causal<Pattern>()));
     }
-    Plan plan_for(const CallOptions& options, index_t queries, index_t keys) const {
-        if (!options.plan) return plan(queries, keys, options.draw);
-        if (options.plan->queries() != queries || options.plan->keys() != keys)
-            throw invalid_input("plan", detail::text(queries, " queries x ", keys, " keys"),
-                                detail::text(options.plan->queries(), " x ", options.plan->keys()));
-        return *options.plan;
+    Plan thinned(Plan sampled) const {
+        if constexpr (std::is_same_v<Pattern, Dense>) return sampled;
+        else return intersect(pattern_.plan(sampled.queries(), sampled.keys()), sampled);
+    }
+
+    /// The plans of a call: `shared` by all batch items, or those of `items`, which are the caller's or drawn for this call.
+    struct Plans {
+        std::optional<Plan> shared;
+        std::span<const Plan> items;
+        std::vector<Plan> drawn;
+        const Plan& of(index_t item) const { return items.empty() ? *shared : items[static_cast<std::size_t>(item)]; }
+    };
+    Plans plans_for(const CallOptions& options, index_t batch, index_t queries, index_t keys) const {
+        const auto check = [&](const Plan& plan, const char* argument) {
+            if (plan.queries() != queries || plan.keys() != keys)
+                throw invalid_input(argument, detail::text(queries, " queries x ", keys, " keys"), detail::text(plan.queries(), " x ", plan.keys()));
+        };
+        Plans plans;
+        if (!options.item_plans.empty()) {
+            detail::require(!options.plan, "item_plans", "none beside plan", options.item_plans.size());
+            detail::require(options.item_plans.size() == static_cast<std::size_t>(batch), "item_plans", [&] { return detail::text("one for each of ", batch, " batch items"); }, options.item_plans.size());
+            for (const Plan& plan : options.item_plans) check(plan, "item_plans");
+            plans.items = options.item_plans;
+        } else if (options.plan) {
+            check(*options.plan, "plan");
+            plans.shared = *options.plan;
+        } else if (draws_per_item()) {
+            if constexpr (PerItemSampler<Sampler>)
+                for (index_t b = 0; b < batch; ++b)
+                    plans.drawn.push_back(thinned(sampler_.sample_item(queries, keys, b, options.key_lengths.empty() ? keys : options.key_lengths[static_cast<std::size_t>(b)],
+                                                                       options.draw, detail::is_causal<Pattern>())));
+            plans.items = plans.drawn;
+        } else plans.shared = plan(queries, keys, options.draw);
+        return plans;
+    }
+    bool draws_per_item() const {
+        if constexpr (PerItemSampler<Sampler>) return sampler_.draws_per_item();
+        else return false;
     }
 
     template <class T>
-    Plan check(const TensorView<const T>& q, const TensorView<const T>& k, const TensorView<const T>& v, const CallOptions& options) const {
+    Plans check(const TensorView<const T>& q, const TensorView<const T>& k, const TensorView<const T>& v, const CallOptions& options) const {
         check_shapes(q, k, v);
         check_lengths(options.key_lengths, q.batch(), k.tokens(), "key_lengths");
         check_lengths(options.query_lengths, q.batch(), q.tokens(), "query_lengths");
         options.dropout.validate();
-        return plan_for(options, q.tokens(), k.tokens());
+        return plans_for(options, q.batch(), q.tokens(), k.tokens());
     }
 
     template <class T, class Bound>
@@ -406,7 +440,7 @@ private:
     template <class T>
     void run(const TensorView<const T>& q, const TensorView<const T>& k, const TensorView<const T>& v, const TensorView<T>& out, const CallOptions& options, T* logsumexp,
              T* hops, bool accumulate) const {
-        const Plan plan = check<T>(q, k, v, options);
+        const Plans plans = check<T>(q, k, v, options);
         require_shape(out, {q.extents[0], q.extents[1], q.extents[2], v.extents[3]}, q.rank, "out");
         const auto& bound = detail::bind_bias(bias_, q.tokens(), k.tokens());
         Workspace own;
@@ -414,17 +448,17 @@ private:
         const index_t group = k.heads() == 0 ? 0 : q.heads() / k.heads();
         const auto lines = static_cast<offset_t>(recursion_.hops.size()) * q.tokens() * v.dim();
         if constexpr (!std::is_same_v<Backend, Reference>)
-            if (q.tokens() == 1 && group > 0 && detail::simd::is_decoding(make_head<T>(q, k, v, plan, bound, options, 0, 0, 0))) {
+            if (q.tokens() == 1 && group > 0 && plans.items.empty() && detail::simd::is_decoding(make_head<T>(q, k, v, *plans.shared, bound, options, 0, 0, 0))) {
                 // Heads that share keys read them once.
                 for_each_item(offset_t{k.batch()} * k.heads(), workspace, options.workspace != nullptr, [&](offset_t item, detail::Workers& workers) {
-                    using Head = decltype(make_head<T>(q, k, v, plan, bound, options, 0, 0, 0));
+                    using Head = decltype(make_head<T>(q, k, v, *plans.shared, bound, options, 0, 0, 0));
                     const auto heads = workers[0].template take<Head>(group);
                     const auto results = workers[0].template take<detail::HeadResult<T>>(group);
                     const auto b = static_cast<index_t>(item / k.heads()), kh = static_cast<index_t>(item % k.heads());
                     for (index_t m = 0; m < group; ++m) {
                         const index_t h = kh * group + m;
                         const offset_t line = offset_t{b} * q.heads() + h;
-                        heads[static_cast<std::size_t>(m)] = make_head<T>(q, k, v, plan, bound, options, b, h, kh);
+                        heads[static_cast<std::size_t>(m)] = make_head<T>(q, k, v, plans.of(b), bound, options, b, h, kh);
                         results[static_cast<std::size_t>(m)] = {out.head(b, h), accumulate, logsumexp ? logsumexp + line : nullptr, hops ? hops + line * lines : nullptr};
                     }
                     detail::simd::decode<Arch>(std::span<const Head>(heads), std::span<const detail::HeadResult<T>>(results), workers);
@@ -433,7 +467,7 @@ private:
             }
         for_each_item(offset_t{q.batch()} * q.heads(), workspace, options.workspace != nullptr, [&](offset_t item, detail::Workers& workers) {
             const auto b = static_cast<index_t>(item / q.heads()), h = static_cast<index_t>(item % q.heads());
-            const auto head = make_head<T>(q, k, v, plan, bound, options, b, h, h / group);
+            const auto head = make_head<T>(q, k, v, plans.of(b), bound, options, b, h, h / group);
             const detail::HeadResult<T> result{out.head(b, h), accumulate, logsumexp ? logsumexp + item * q.tokens() : nullptr, hops ? hops + item * lines : nullptr};
             if constexpr (std::is_same_v<Backend, Reference>) detail::reference::forward(head, result, workers);
             else detail::simd::forward<Arch>(head, result, workers);
@@ -489,6 +523,8 @@ class Attention : public detail::layer_or_stub<Ps...>::type {
     static_assert(Set::template at_most_one<backend_kind>, "polyattn::Attention: two backends; keep one of Reference and Simd<>");
     static_assert(SparsityPattern<typename Set::Pattern>, "polyattn::Attention: a SparsityPattern needs `Plan plan(index_t queries, index_t keys) const`");
     static_assert(SamplerPolicy<typename Set::Sampler>, "polyattn::Attention: a SamplerPolicy needs `Plan sample(index_t queries, index_t keys, const Draw&, bool causal) const`");
+    static_assert(!detail::is_causal<typename Set::Pattern>() || detail::has_causal_form<typename Set::Sampler>(),
+                  "polyattn::Attention: this SamplerPolicy has no causal form (early queries would be left without keys); use LocallyBiased<L>{.sigma = infinite_sigma}");
     static_assert(DiffusionPolicy<typename Set::Diffusion>, "polyattn::Attention: a DiffusionPolicy needs `Recursion recursion() const`");
     static_assert(std::same_as<typename Set::Score, Softmax>, "polyattn::Attention: the ScorePolicy must be Softmax");
     static_assert(BiasPolicy<typename Set::Bias>, "polyattn::Attention: a BiasPolicy needs `double operator()(index_t batch, index_t head, index_t query, index_t key) const`");

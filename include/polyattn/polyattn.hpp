@@ -16,3 +16,4 @@
 #include <polyattn/policy/pattern/random.hpp>
 #include <polyattn/policy/pattern/sparse_transformer.hpp>
 #include <polyattn/policy/pattern/window.hpp>
+#include <polyattn/policy/sampler/sampler.hpp>

@@ -54,6 +54,12 @@ int main() {
     Attention<ForeignScore> attention;
 #elif defined(CASE_foreign_backend)
     Attention<ForeignBackend> attention;
+#elif defined(CASE_sampler_without_causal_form)
+    Attention<Causal, Unbiased> attention;
+#elif defined(CASE_no_windows)
+    LocallyBiased<0> sampler;
+    (void)sampler;
+    Attention<> attention;
 #elif defined(CASE_negative_hops)
     PPR<-1> diffusion;
     (void)diffusion;

@@ -35,9 +35,9 @@ private:
     struct State {
         template <class Q, class K, class V>
         State(Layer l, const Q& q_in, const K& k_in, const V& v_in, CallOptions o) : layer(std::move(l)), q(q_in), k(k_in), v(v_in), options(std::move(o)) {
-            // A dry run of the checks, and the plan that evaluation will use.
+            // A dry run of the checks, and the plans that evaluation will use.
             options.accumulate = false;
-            options.plan = layer.checked_plan(q, k, v, options);
+            options = layer.planned(q, k, v, std::move(options));
             auto shape = q.shape();
             shape.back() = v.shape().back();
             buffer.resize(shape);

@@ -54,7 +54,8 @@ struct PolicySet {
                                        at_most_one<score_kind> && at_most_one<bias_kind> && at_most_one<backend_kind>;
     static constexpr bool complete = SparsityPattern<Pattern> && SamplerPolicy<Sampler> && DiffusionPolicy<Diffusion> &&
                                      std::same_as<Score, Softmax> && BiasPolicy<Bias> && is_backend<Backend>;
-    static constexpr bool valid = policies_only && no_repeats && complete;
+    static constexpr bool fits = !detail::is_causal<Pattern>() || detail::has_causal_form<Sampler>();
+    static constexpr bool valid = fits && policies_only && no_repeats && complete;
 };
 
 /// Stands in for a layer whose policies do not fit, so that the one sentence is the only error.

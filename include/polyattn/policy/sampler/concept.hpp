@@ -8,11 +8,30 @@ POLYATTN_BEGIN_NAMESPACE
 
 /// A SamplerPolicy re-draws which keys each query may see: sample(queries, keys, draw, causal) yields a plan that is a pure
 /// function of its arguments. `causal` is true if the pattern beside it is causal: then the sampler draws its causal form
-/// itself. The result is intersected with the pattern.
+/// itself. The result is intersected with the pattern. Optional members:
+/// - `static constexpr bool has_causal_form = false`: beside a causal pattern it is one static_assert.
+/// - draws_per_item() and sample_item(queries, keys, batch item, valid keys, draw, causal): where the first is true, every item of the batch
+///   has a plan of its own.
 template <class P>
 concept SamplerPolicy = PolicyOf<P, sampler_kind> && requires(const P& sampler, index_t n, const Draw& draw) {
     { sampler.sample(n, n, draw, true) } -> std::same_as<Plan>;
 };
+
+template <class P>
+concept PerItemSampler = requires(const P& sampler, index_t n, const Draw& draw) {
+    { sampler.draws_per_item() } -> std::same_as<bool>;
+    { sampler.sample_item(n, n, n, n, draw, true) } -> std::same_as<Plan>;
+};
+
+namespace detail {
+
+template <class P>
+constexpr bool has_causal_form() {
+    if constexpr (requires { P::has_causal_form; }) return P::has_causal_form;
+    else return true;
+}
+
+}  // namespace detail
 
 /// No sampling.
 struct AllSources {
