@@ -105,6 +105,13 @@ public:
     const Diffusion& diffusion() const { return diffusion_; }
     const Bias& bias() const { return bias_; }
     const Recursion& recursion() const { return recursion_; }
+    /// This layer with another bias of the same type: a table that training changed. Shares the plans. Throws invalid_input.
+    AttentionLayer with_bias(Bias bias) const {
+        detail::validate(bias);
+        AttentionLayer other = *this;
+        other.bias_ = std::move(bias);
+        return other;
+    }
 
     /// Which keys each query sees. The last 8 for other (queries, keys, draw of the sampler) are kept; copies of a layer share them.
     /// Throws invalid_input if the pattern does not exist for these numbers.
@@ -165,6 +172,15 @@ public:
         check_shapes(aq.view(), ak.view(), av.view());
         auto out = detail::make_result<Q, T>(detail::shape_like(aq.view(), {aq.view().tokens(), av.view().dim()}));
         Saved<T> saved;
+        forward_into(memory_of(out), saved, q, k, v, options);
+        return Forward<decltype(out), T>{std::move(out), std::move(saved)};
+    }
+
+    /// The same, written to `out` and to a `saved` of an earlier pass, whose memory is used again. Throws invalid_input.
+    template <class Out, class T, class Q, class K, class V>
+    void forward_into(Out&& out, Saved<T>& saved, const Q& q, const K& k, const V& v, const CallOptions& options = {}) const {
+        static_assert(std::is_same_v<common_element<Q, K, V>, T> && std::is_same_v<detail::element_t<Out>, T>, "polyattn: out and saved must have the inputs' value type");
+        const detail::Adapted<T> aq(q, "q"), ak(k, "k"), av(v, "v");
         if constexpr (detail::is_raw_view<Q> && detail::is_raw_view<K> && detail::is_raw_view<V>) saved.borrowed_ = {aq.view(), ak.view(), av.view()};
         else {
             saved.q_ = copy_of(aq.view());
@@ -179,8 +195,7 @@ public:
         saved.hops_.resize(lines * recursion_.hops.size() * static_cast<std::size_t>(av.view().dim()));
         CallOptions with_plans = saved.options_;
         with_plans.workspace = options.workspace;
-        run<T>(aq.view(), ak.view(), av.view(), memory_of(out), with_plans, saved.logsumexp_.data(), saved.hops_.data(), false);
-        return Forward<decltype(out), T>{std::move(out), std::move(saved)};
+        run<T>(aq.view(), ak.view(), av.view(), detail::memory_view(out, "out"), with_plans, saved.logsumexp_.data(), saved.hops_.data(), options.accumulate);
     }
 
     /// Gradients of q, k, v and a learned bias from d_out = dL/dout, in tensors like d_out. `saved` must come from forward() of

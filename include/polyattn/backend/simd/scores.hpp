@@ -137,23 +137,6 @@ private:
     index_t lowest_ = 0, highest_ = -1;
 };
 
-/// Transposes 16 rows to [column][16], times `factor`.
-template <class T, class A>
-void pack_rows(const std::array<index_t, group_size>& rows, Rows<T> from, index_t columns, T factor, T* packed) {
-    using V = Vec<T, A>;
-    constexpr int lanes = Tiling<T, A>::lanes;
-    index_t c = 0;
-    for (; c + lanes <= columns; c += lanes)
-        for (int part = 0; part < group_size; part += lanes) {
-            V block[lanes];
-            expand<lanes>([&]<int... I>(Ints<I...>) POLYATTN_INLINE_LAMBDA { ((block[I] = V::load_unaligned(from.row(rows[static_cast<std::size_t>(part + I)]) + c) * V(factor)), ...); });
-            transpose<T, A>(block);
-            expand<lanes>([&]<int... I>(Ints<I...>) POLYATTN_INLINE_LAMBDA { (block[I].store_aligned(packed + (c + I) * group_size + part), ...); });
-        }
-    for (; c < columns; ++c)
-        for (int lane = 0; lane < group_size; ++lane) packed[c * group_size + lane] = from.row(rows[static_cast<std::size_t>(lane)])[c] * factor;
-}
-
 /// Raises the reference of the lanes whose tile maximum passed their threshold. Rare, out of line. `score` is [keys][16].
 template <class T, class A>
 POLYATTN_NOINLINE void raise_reference(T* score, int keys, const T* tile_highest, GroupState<T>& state, const T* weights_end) {

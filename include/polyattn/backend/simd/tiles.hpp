@@ -2,6 +2,7 @@
 // The dense micro-kernels, in registers. Every dense flop of forward and backward is done by one of these three, but for single
 // queries (decode.hpp).
 
+#include <polyattn/backend/simd/rows.hpp>
 #include <polyattn/backend/simd/schedule.hpp>
 #include <polyattn/backend/simd/vector.hpp>
 
@@ -97,6 +98,20 @@ POLYATTN_ALWAYS_INLINE void for_each_key_tile(index_t keys, F&& f, index_t posit
     for (; position + M <= keys; position += M) f(std::integral_constant<int, M>{}, position);
     if constexpr (M > 1)
         if (position < keys) for_each_key_tile<(M > 4 ? 4 : 1)>(keys, f, position);
+}
+
+/// Transposes 16 rows to [column][16], times `factor`.
+template <class T, class A>
+void pack_rows(const std::array<index_t, group_size>& rows, Rows<T> from, index_t columns, T factor, T* packed) {
+    using V = Vec<T, A>;
+    constexpr int width = lanes<T, A>;
+    index_t c = 0;
+    for (; c + width <= columns; c += width)
+        for (int part = 0; part < group_size; part += width)
+            transpose_block<T, A>([&](auto i) POLYATTN_INLINE_LAMBDA { return V::load_unaligned(from.row(rows[static_cast<std::size_t>(part + i)]) + c) * V(factor); },
+                                  packed + c * group_size + part, group_size);
+    for (; c < columns; ++c)
+        for (int lane = 0; lane < group_size; ++lane) packed[c * group_size + lane] = from.row(rows[static_cast<std::size_t>(lane)])[c] * factor;
 }
 
 /// Calls f(integral_constant width, column) for panels of nearly equal widths of up to N vectors that cover `columns`, a multiple of

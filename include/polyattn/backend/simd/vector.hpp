@@ -137,6 +137,16 @@ POLYATTN_ALWAYS_INLINE void transpose(PerLane<T, A>& rows) {
         });
 }
 
+/// to[i][..] = column i of the vectors row(0), row(1), ..: lanes x lanes values; `to` is aligned.
+template <class T, class A, class Row>
+POLYATTN_ALWAYS_INLINE void transpose_block(Row&& row, T* to, std::ptrdiff_t stride) {
+    constexpr int width = lanes<T, A>;
+    PerLane<T, A> block;
+    expand<width>([&]<int... I>(Ints<I...>) POLYATTN_INLINE_LAMBDA { ((block[I] = row(std::integral_constant<int, I>{})), ...); });
+    transpose<T, A>(block);
+    expand<width>([&]<int... I>(Ints<I...>) POLYATTN_INLINE_LAMBDA { (block[I].store_aligned(to + I * stride), ...); });
+}
+
 }  // namespace detail::simd
 
 POLYATTN_END_NAMESPACE

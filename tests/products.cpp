@@ -1,0 +1,56 @@
+// Products of matrices against sums in double, for each architecture.
+#include "support/random.hpp"
+
+#include <polyattn/nn/linear.hpp>
+
+#include <doctest/doctest.h>
+
+using namespace polyattn;
+
+namespace {
+
+template <class T>
+constexpr double unit = sizeof(T) == 4 ? 0x1p-24 : 0x1p-53;
+
+template <class T>
+void check_products() {
+    POLYATTN_RANDOM(random);
+    Workspace workspace;
+    for (const auto& [m, n, k] : {std::array<index_t, 3>{1, 1, 1}, {0, 3, 2}, {3, 0, 2}, {3, 4, 0}, {16, 48, 16}, {15, 47, 17}, {17, 49, 15}, {64, 96, 170}, {65, 97, 175}, {5, 130, 600}, {131, 7, 64}, {33, 24, 513}})
+        for (int form = 0; form < 4; ++form)
+            for (const bool add : {false, true}) {
+                // a and b as stored, or as the transpose of what is stored.
+                const auto a = form % 2 == 0 ? random.tensor<T>({m, k}) : random.tensor<T>({k, m}), b = form / 2 == 0 ? random.tensor<T>({k, n}) : random.tensor<T>({n, k});
+                const MatrixView<const T> va = a.view().head(0, 0), vb = b.view().head(0, 0);
+                const MatrixView<const T> a2 = form % 2 == 0 ? MatrixView<const T>{va.data, m, k, k, 1} : MatrixView<const T>{va.data, m, k, 1, m};
+                const MatrixView<const T> b2 = form / 2 == 0 ? MatrixView<const T>{vb.data, k, n, n, 1} : MatrixView<const T>{vb.data, k, n, 1, k};
+                auto c = random.tensor<T>({m, n + 3});
+                const auto before = c;
+                std::vector<int> finished(static_cast<std::size_t>(m) * static_cast<std::size_t>(n), 0);
+                detail::multiply(a2, b2, MatrixView<T>{c.data(), m, n, n + 3, 1}, add, workspace, [&](index_t row, index_t column, std::span<T> values) {
+                    for (std::size_t j = 0; j < values.size(); ++j) ++finished[static_cast<std::size_t>(row * n + column) + j];
+                });
+                INFO(m, " x ", n, " x ", k, ", form ", form, ", add ", add);
+                bool right = true, kept = true;
+                for (index_t i = 0; i < m; ++i) {
+                    for (index_t j = 0; j < n; ++j) {
+                        const auto at = static_cast<std::size_t>(i * (n + 3) + j);
+                        double sum = add ? double(before.values[at]) : 0, size = std::abs(sum);
+                        for (index_t t = 0; t < k; ++t) {
+                            sum += double(a2(i, t)) * double(b2(t, j));
+                            size += std::abs(double(a2(i, t)) * double(b2(t, j)));
+                        }
+                        right &= std::abs(sum - double(c.values[at])) <= (k + 2) * unit<T> * size;
+                    }
+                    for (index_t j = n; j < n + 3; ++j) kept &= c.values[static_cast<std::size_t>(i * (n + 3) + j)] == before.values[static_cast<std::size_t>(i * (n + 3) + j)];
+                }
+                CHECK(right);
+                CHECK(kept);
+                CHECK(std::all_of(finished.begin(), finished.end(), [](int times) { return times == 1; }));
+            }
+}
+
+}  // namespace
+
+TEST_CASE("products of matrices: every form, sizes around tiles and blocks, float") { check_products<float>(); }
+TEST_CASE("products of matrices: every form, sizes around tiles and blocks, double") { check_products<double>(); }
