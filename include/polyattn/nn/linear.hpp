@@ -17,13 +17,21 @@ void multiply(MatrixView<const T> a, MatrixView<const T> b, MatrixView<T> c, boo
 /// to[j] += sum over rows of x. Each column is summed in the order of the rows.
 template <class T>
 void add_column_sums(MatrixView<const T> x, T* to) {
-    using A = xsimd::default_arch;
-    constexpr index_t width = 64;
+    using V = simd::Vec<T, xsimd::default_arch>;
+    constexpr int vectors = 4;
+    constexpr index_t width = vectors * static_cast<index_t>(V::size);
     parallel_for((x.cols + width - 1) / width, [&](offset_t part, int) {
         const auto first = static_cast<index_t>(part) * width, count = std::min(width, x.cols - first);
-        alignas(64) T sum[width] = {};
-        for (index_t i = 0; i < x.rows; ++i) simd::add_scaled<T, A>(T(1), x.row(i) + first, count, sum);
-        for (index_t c = 0; c < count; ++c) to[first + c] += sum[c];
+        alignas(64) T total[width] = {};
+        if (count == width) {
+            V sum[vectors] = {V(T(0)), V(T(0)), V(T(0)), V(T(0))};
+            for (index_t i = 0; i < x.rows; ++i)
+                simd::unroll<vectors>([&](auto v) POLYATTN_INLINE_LAMBDA { sum[v] = sum[v] + V::load_unaligned(x.row(i) + first + v * static_cast<index_t>(V::size)); });
+            simd::unroll<vectors>([&](auto v) POLYATTN_INLINE_LAMBDA { sum[v].store_aligned(total + v * V::size); });
+        } else
+            for (index_t i = 0; i < x.rows; ++i)
+                for (index_t c = 0; c < count; ++c) total[c] += x(i, first + c);
+        for (index_t c = 0; c < count; ++c) to[first + c] += total[c];
     });
 }
 

@@ -80,6 +80,11 @@ private:
         return {static_cast<index_t>(offset_t{size} * i / pieces), static_cast<index_t>(offset_t{size} * (i + 1) / pieces)};
     }
 
+    template <int Vectors>
+    static void copy(const T* from, T* to) {
+        unroll<Vectors>([&](auto v) POLYATTN_INLINE_LAMBDA { V::load_unaligned(from + v * Tiles::lanes).store_aligned(to + v * Tiles::lanes); });
+    }
+
     /// Fetches part `part` of `parts` of a block of a into the second-level cache.
     static void fetch(MatrixView<const T> a, Bounds rows, Bounds k, index_t part, index_t parts) {
         constexpr index_t line = 64 / sizeof(T);
@@ -105,7 +110,7 @@ private:
             T* to = packed;
             for (index_t i = first; i < rows.end; i += group_size, to += k.size() * group_size) {
                 const index_t count = std::min<index_t>(group_size, rows.end - i);
-                if (a.row_stride == 1 && count == group_size) std::copy_n(&a(i, t), group_size, to);
+                if (a.row_stride == 1 && count == group_size) copy<group_size / Tiles::lanes>(&a(i, t), to);
                 else {
                     for (index_t lane = 0; lane < count; ++lane) to[lane] = a(i + lane, t);
                     std::fill(to + count, to + group_size, T(0));
@@ -125,7 +130,7 @@ private:
                     transpose_block<T, A>([&](auto i) POLYATTN_INLINE_LAMBDA { return V::load_unaligned(&b(t, first + column + i)); }, packed + (t - k.begin) * panel + column, panel);
         for (; t < k.end; ++t) {
             T* const to = packed + (t - k.begin) * panel;
-            if (b.col_stride == 1 && count == panel) std::copy_n(&b(t, first), panel, to);
+            if (b.col_stride == 1 && count == panel) copy<Tiles::columns>(&b(t, first), to);
             else {
                 for (index_t j = 0; j < count; ++j) to[j] = b(t, first + j);
                 std::fill(to + count, to + panel, T(0));

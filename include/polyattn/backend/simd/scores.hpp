@@ -161,11 +161,18 @@ POLYATTN_NOINLINE void raise_reference(T* score, int keys, const T* tile_highest
         for (int lane = 0; lane < group_size; ++lane) scale_row<T, A>(state.out + lane * state.columns, scale[lane], state.columns, state.out + lane * state.columns);
 }
 
-/// Adds base-2 biases to the scores [keys][16] from position p on, where pairs are seen.
-template <class T, class Bias>
+/// Adds base-2 biases to the scores [keys][16] from position p on, at least where pairs are seen.
+template <class T, class A, class Bias>
 POLYATTN_NOINLINE void add_biases(const Block& block, const Head<T, Bias>& head, const DistanceTable<T, Bias>& distances, const Group& group, index_t p, int keys, T* scores) {
+    using V = Vec<T, A>;
     for (int i = 0; i < keys; ++i) {
         const index_t key = block.key(p + i);
+        if constexpr (DistanceTable<T, Bias>::exists)
+            if (const T* const near = group.consecutive ? distances.row(group.rows[0], key) : nullptr) {
+                for (int part = i * group_size; part < (i + 1) * group_size; part += lanes<T, A>)
+                    (V::load_aligned(scores + part) + V::load_unaligned(near + part - i * group_size)).store_aligned(scores + part);
+                continue;
+            }
         for (int lane = 0; lane < group_size; ++lane) {
             if (!block.is_seen(lane, p + i)) continue;
             const index_t row = group.rows[static_cast<std::size_t>(lane)];
@@ -230,7 +237,7 @@ POLYATTN_NOINLINE void score_block(const Block& block, const Head<T, Bias>& head
                 expand<M * vectors>([&]<int... I>(Ints<I...>) POLYATTN_INLINE_LAMBDA {
                     ((score[I] = score[I] + V::load_unaligned(near + (M - 1 - I / vectors) + I % vectors * lanes)), ...);
                 });
-            else through_memory([&] { add_biases(block, head, distances, group, p, M, out); });
+            else through_memory([&] { add_biases<T, A>(block, head, distances, group, p, M, out); });
         }
         if (p < block.all_begin || p + M > block.all_end || !block.excluded.empty()) through_memory([&] { mask_scores<T, A>(block, p, M, out); });
         if constexpr (Online) {
