@@ -124,6 +124,56 @@ def compare(program, n, threads):
         print(f"DGL: {problem}")
 
 
+    # A training step of a decoder: 256 columns, 4 heads, 4 layers, AdamW.
+    for tokens, batch in ((1024, 2), (4096, 1)):
+        decoder(torch, program, folder, tokens, batch, threads)
+
+
+def read_safetensors(path):
+    import json, numpy
+
+    data = pathlib.Path(path).read_bytes()
+    start = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:start])
+    return {name: numpy.frombuffer(data[start + e["data_offsets"][0]:start + e["data_offsets"][1]], numpy.float32).reshape(e["shape"]) for name, e in header.items() if name != "__metadata__"}
+
+
+def decoder(torch, program, folder, n, batch, threads):
+    import numpy
+    import torch.nn.functional as F
+
+    loss, mine = ours(program, folder, "decoder", n, 1, threads)
+    _, sampled = ours(program, folder, "decoder", n, 4, threads)
+    weights = {name: torch.from_numpy(array.copy()).requires_grad_() for name, array in read_safetensors(f"{folder}/decoder.safetensors").items()}
+    tokens, targets = (torch.from_numpy(numpy.fromfile(f"{folder}/{name}", dtype=numpy.int32).astype(numpy.int64)).reshape(batch, n) for name in ("tokens", "targets"))
+    optimizer = torch.optim.AdamW(weights.values(), lr=1e-3, weight_decay=0, fused=True)
+
+    def norm(x, name):
+        return F.layer_norm(x, (256,), weights[name + ".weight"], weights[name + ".bias"])
+
+    def linear(x, name):
+        return F.linear(x, weights[name + ".weight"], weights[name + ".bias"])
+
+    def step():
+        optimizer.zero_grad(set_to_none=True)
+        x = F.embedding(tokens, weights["embedding.weight"])
+        for layer in range(4):
+            block = f"block.{layer}."
+            q, k, v = (part.reshape(batch, n, 4, 64).transpose(1, 2) for part in linear(norm(x, block + "attention_norm"), block + "attention.project").split(256, -1))
+            x = x + linear(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(batch, n, 256), block + "attention.merge")
+            x = x + linear(F.gelu(linear(norm(x, block + "feed_forward_norm"), block + "feed_forward.up")), block + "feed_forward.down")
+        result = F.cross_entropy(linear(norm(x, "block.norm"), "head").reshape(-1, 256), targets.reshape(-1))
+        result.backward()
+        torch.nn.utils.clip_grad_norm_(weights.values(), 1)
+        optimizer.step()
+        return result.item()
+
+    difference = abs(step() - loss)
+    theirs = median_seconds(step)
+    row(f"decoder step, n = {n} x {batch}", "PyTorch, AdamW", theirs, mine, 1.2, difference)
+    row(f"the same, ours with SSA-L4", "PyTorch, AdamW, dense", theirs, sampled, 1.7 if n == 4096 else None)
+
+
 def onnx_attention(n, threads):
     import onnx, onnxruntime
     from onnx import TensorProto, helper
@@ -222,6 +272,8 @@ def alone(program, n):
             array.array("f", (random.gauss(0, 1) for _ in range(n * 64))).tofile(file)
     for threads in (1, 2):
         print(f"\nn = {n}, d = 64, one head, fp32, {threads} threads: forward, forward + backward")
+        for windows in (1, 4):
+            print(f"decoder step, SSA-L{windows:<9} {ours(program, folder, 'decoder', n, windows, threads)[1] * 1e3:10.2f} ms")
         for case, window in (("dense", 0), ("causal", 0), ("window", 128), ("window", 512), ("pattern", 0), ("diffuser", 0)):
             forward, both, _ = ours(program, folder, case, n, window, threads)
             print(f"{case + (f' {window}' if window else ''):20} {forward * 1e3:10.2f} ms {both * 1e3:10.2f} ms")

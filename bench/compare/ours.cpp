@@ -1,6 +1,10 @@
 // polyattn's side of compare.py: ours CASE N WINDOW THREADS FOLDER. Reads q, k, v and d_out (n x 64 floats) from the folder, writes out
-// (and the pattern's pairs for "pairs"), prints seconds of forward and of forward + backward: medians.
+// (and the pattern's pairs for "pairs"), prints seconds of forward and of forward + backward: medians. "decoder" takes WINDOWS of SSA and
+// writes its parameters, and prints the first loss and the seconds of a training step.
 #include "../common.hpp"
+#include "../decoder.hpp"
+
+#include <polyattn/nn/safetensors.hpp>
 
 #include <fstream>
 #include <iostream>
@@ -53,6 +57,17 @@ void run(const Layer& layer, index_t n) {
     std::cout << forward << " " << both << " " << fma_peak<float>() / 1e9 << std::endl;
 }
 
+void decoder(index_t n, index_t windows) {
+    Decoder<Attention<Causal>> run({}, n, 4096 / n > 1 ? 2 : 1);
+    nn::parameters_of<float>(run.model).write(folder + "/decoder.safetensors");
+    write("tokens", run.text);
+    write("targets", run.targets);
+    const nn::PlanSource plans = sampled_plans(windows, 4);
+    std::cout.precision(9);
+    std::cout << run.step(plans) << " ";
+    std::cout << median_seconds([&] { run.step(plans); }) << std::endl;
+}
+
 }  // namespace
 
 int main(int count, char** arguments) {
@@ -67,6 +82,7 @@ int main(int count, char** arguments) {
     else if (name == "window") run(Attention{SlidingWindow{.window = window}}, n);
     else if (name == "pattern") run(Attention{pattern}, n);
     else if (name == "diffuser") run(Attention{pattern, PPR<5>{}}, n);
+    else if (name == "decoder") decoder(n, window);
     else if (name == "pairs") {
         std::vector<std::int64_t> starts = {0}, keys;
         const Plan plan = pattern.plan(n, n);
