@@ -21,6 +21,10 @@
 #include <malloc.h>
 #endif
 
+#if !defined(POLYATTN_DOCUMENTS)
+#define POLYATTN_DOCUMENTS "."
+#endif
+
 using namespace polyattn;
 namespace fs = std::filesystem;
 

@@ -245,6 +245,10 @@ TEST_CASE("scratch of a forward pass: one head's weights a thread and O(n d)") {
     const double one = double(scratch(diffuser, 4096, 32, 1));
     CHECK(one < weights + edges + 4096 * (8 * 32 + 16) * 4. + 4 * mib);
     CHECK(double(scratch(diffuser, 4096, 32, 3)) < 1.01 * one + mib);  // heads one after the other share it
+    // Sampling keeps 1 / L of a head's weights; a few keys of rounding for each group of 16 queries.
+    const double all = 2048. * 2048 * 4;
+    CHECK(double(scratch(Attention<PPR<2>>{}, 2048, 16, 1)) > all);
+    CHECK(double(scratch(Attention<PPR<2>, LocallyBiased<4>>{}, 2048, 16, 1)) < all / 4 + 2048 * (8 + 12 * 16 + 16) * 4. + 3 * mib);
 #if defined(_OPENMP)
     omp_set_num_threads(before);
 #endif
