@@ -2,6 +2,7 @@
 // to the last bit, files, schedules and ensembles.
 #include "support/random.hpp"
 
+#include <polyattn/nn/classifier.hpp>
 #include <polyattn/nn/language_model.hpp>
 #include <polyattn/nn/optimizer.hpp>
 #include <polyattn/nn/safetensors.hpp>
@@ -210,6 +211,36 @@ TEST_CASE("whole models: finite differences of every parameter") {
     check(Attention{Causal{}, PPR<2>{}}, options, {.training = true});
     options.pre_norm = false;
     check(Attention{SlidingWindow{.window = 6}}, options, {.training = true});
+    {
+        // A ragged batch of graphs, as regression: a learned bias by distance, every item its own.
+        const auto distance = [](index_t batch, index_t query, index_t key) { return (query + key + batch) % 4; };
+        TableBias bias{distance, 2, std::vector<double>(8)};
+        for (double& entry : bias.table) entry = random.normal();
+        const Attention attention{bias, Unbiased{.drop = .4, .per_item = true}};
+        using Model = nn::Classifier<double, std::remove_const_t<decltype(attention)>>;
+        Model model(attention, 5, 3, small, 7);
+        shake(model, random, .2);
+        const nn::Pass pass{.workspace = &workspace, .draw = {.seed = random.seed()}, .lengths = {7, 4, 1}};
+        std::vector<index_t> nodes;
+        for (index_t i = 0; i < 21; ++i) nodes.push_back(i < 5 ? i : random.below(5));
+        const auto goals = random.tensor<double>({3, 3});
+        typename Model::Saved saved;
+        const auto loss = [&] {
+            const MatrixView<double> outputs = model.forward(nodes, 3, saved, pass);
+            return nn::mean_squared_error<double>({outputs.data, 9}, goals.values);
+        };
+        loss();
+        model.backward(saved, pass);
+        check_gradients(random, model, {}, loss);
+        // Tokens behind an item's length change nothing.
+        const auto before = [&] {
+            model.forward(nodes, 3, saved, pass);
+            return saved.outputs.values;
+        }();
+        nodes[20] = (nodes[20] + 1) % 5;
+        model.forward(nodes, 3, saved, pass);
+        CHECK(saved.outputs.values == before);
+    }
     // A learned bias, and sampled attention in the second layer.
     RelativePosition bias{.heads = 2, .reach = 3, .table = std::vector<double>(14)};
     for (double& entry : bias.table) entry = random.normal();

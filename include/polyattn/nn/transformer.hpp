@@ -157,11 +157,14 @@ public:
             detail::reshape(saved.inputs[l + 1], saved.inputs[0].shape);
             blocks[l].forward(detail::rows_of(std::as_const(saved.inputs[l])), detail::rows_of(saved.inputs[l + 1]), batch, saved.blocks[l], own);
         }
-        if (!pre_norm_) return detail::rows_of(std::as_const(saved.inputs.back()));
-        detail::reshape(saved.out, saved.inputs[0].shape);
-        last_norm.forward(detail::rows_of(std::as_const(saved.inputs.back())), detail::rows_of(saved.out), saved.last_norm);
-        return detail::rows_of(std::as_const(saved.out));
+        if (pre_norm_) {
+            detail::reshape(saved.out, saved.inputs[0].shape);
+            last_norm.forward(detail::rows_of(std::as_const(saved.inputs.back())), detail::rows_of(saved.out), saved.last_norm);
+        }
+        return output(saved);
     }
+    /// What forward() returned.
+    MatrixView<const T> output(const Saved& saved) const { return detail::rows_of(pre_norm_ ? saved.out : saved.inputs.back()); }
     /// Adds to the gradients; the gradient of the input.
     MatrixView<const T> backward(MatrixView<const T> d_out, index_t batch, Saved& saved, const Pass& pass) {
         for (Tensor<T>& tensor : saved.d_x) detail::reshape(tensor, saved.inputs[0].shape);

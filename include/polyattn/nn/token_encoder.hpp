@@ -1,0 +1,73 @@
+#pragma once
+
+#include <polyattn/nn/transformer.hpp>
+
+POLYATTN_BEGIN_NAMESPACE
+
+namespace nn {
+
+/// Tokens to features: embedding, learned positions if `positions` is their number, dropout, transformer. What a language model and a
+/// classifier have in common.
+template <class T, class Attention>
+class TokenEncoder {
+public:
+    TokenEncoder(const Attention& attention, index_t vocabulary, const TransformerOptions& options, index_t positions)
+        : embedding("embedding", vocabulary, options.dim, options.deviation, options.seed), transformer("block", attention, options), dropout_(options.dropout) {
+        if (positions > 0) position.emplace_back("position", positions, options.dim, options.deviation, options.seed);
+    }
+
+    struct Saved {
+        typename Transformer<T, Attention>::Saved transformer;
+        std::vector<index_t> tokens, places;
+        Tensor<T> d_in;
+        index_t batch = 0;
+        detail::ActivationDropout dropout;
+    };
+
+    index_t dim() const { return static_cast<index_t>(embedding.weight.value.shape[1]); }
+
+    /// Features [batch x tokens, dim]. tokens [batch, tokens], one item after the other. Throws invalid_input.
+    MatrixView<const T> forward(std::span<const index_t> tokens, index_t batch, Saved& saved, const Pass& pass) const {
+        detail::require(batch >= 1 && tokens.size() % static_cast<std::size_t>(batch) == 0, "tokens", [&] { return detail::text("batch ", batch, " times a number of tokens"); }, tokens.size());
+        detail::require(pass.workspace, "pass.workspace", "a workspace", "none");
+        const auto rows = static_cast<index_t>(tokens.size()), length = rows / batch;
+        saved.batch = batch;
+        saved.tokens.assign(tokens.begin(), tokens.end());
+        const MatrixView<T> x = transformer.input(saved.transformer, rows, dim());
+        embedding.forward(saved.tokens, x);
+        if (!position.empty()) {
+            saved.places.resize(tokens.size());
+            for (index_t i = 0; i < rows; ++i) saved.places[static_cast<std::size_t>(i)] = i % length;
+            position[0].forward(saved.places, x, true);
+        }
+        saved.dropout = {dropout_, pass, detail::DropSite::embedding};
+        if (saved.dropout.active()) detail::parallel_rows(rows, [&](index_t i) { saved.dropout.apply(i, 0, std::span<T>(x.row(i), static_cast<std::size_t>(x.cols))); });
+        return transformer.forward(batch, saved.transformer, pass);
+    }
+    /// Adds to all gradients.
+    void backward(MatrixView<const T> d_features, Saved& saved, const Pass& pass) {
+        const MatrixView<const T> d_in = detail::dropped(transformer.backward(d_features, saved.batch, saved.transformer, pass), saved.dropout, saved.d_in);
+        embedding.backward(saved.tokens, d_in);
+        if (!position.empty()) position[0].backward(saved.places, d_in);
+    }
+    /// What forward() returned.
+    MatrixView<const T> features(const Saved& saved) const { return transformer.output(saved.transformer); }
+
+    template <class F>
+    void for_each_parameter(F&& f) {
+        embedding.for_each_parameter(f);
+        for (auto& table : position) table.for_each_parameter(f);
+        transformer.for_each_parameter(f);
+    }
+
+    Embedding<T> embedding;
+    std::vector<Embedding<T>> position;
+    Transformer<T, Attention> transformer;
+
+private:
+    double dropout_;
+};
+
+}  // namespace nn
+
+POLYATTN_END_NAMESPACE
