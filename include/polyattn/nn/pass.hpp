@@ -14,7 +14,8 @@ using PlanSource = std::function<std::optional<Plan>(index_t layer, index_t toke
 
 /// What all layers share in one pass through a network.
 struct Pass {
-    Workspace* workspace;
+    /// Scratch memory; always needed.
+    Workspace* workspace = nullptr;
     /// Seed, step and sample of this pass; layers add their number.
     Draw draw = {};
     /// Dropout is on.
