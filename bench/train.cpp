@@ -22,7 +22,7 @@ void train(benchmark::State& state) {
     double pairs = double(Causal{}.plan(n, n).count());
     if (plans) {
         double sum = 0;
-        for (std::uint32_t layer = 0; layer < Run::layers; ++layer) sum += double(plans(static_cast<index_t>(layer), n, {.seed = 1, .layer = layer})->count());
+        for (std::uint32_t layer = 0; layer < Run::layers; ++layer) sum += double(plans({static_cast<index_t>(layer), batch, n, {}, {.seed = 1, .layer = layer}}).at(0).count());
         pairs = sum / Run::layers;
     }
     const double tokens = double(n) * batch, weights = double(Run::layers) * 12 * Run::dim * Run::dim + 256. * Run::dim;

@@ -33,7 +33,7 @@ struct Settings {
     index_t batch = 48;
     std::uint64_t seed = 1;
     fs::path folder = ".";
-    nn::TransformerOptions model{.layers = 4, .dim = 64, .heads = 4, .dropout = .1};
+    nn::TransformerOptions model{.layers = 4, .dim = 64, .heads = 4, .dropout = .1, .deviation = .12};
 };
 
 struct Digits {
@@ -93,10 +93,10 @@ void in_batches(const Digits& digits, F&& f) {
 
 /// Swin's windows, shifted by half in every second layer; the sampler cuts each into four sub-windows.
 nn::PlanSource swin_windows(bool sampled) {
-    return [=](index_t layer, index_t tokens, const Draw& draw) -> std::optional<Plan> {
-        const index_t shift = layer % 2 == 0 ? 0 : 2;
-        if (sampled) return Grid2D{.height = side, .width = side, .window = 4, .shift = shift, .sigma = .75}.sample(tokens, tokens, draw, false);
-        return ShiftedWindows2D{.height = side, .width = side, .window = 4, .shift = shift}.plan(tokens, tokens);
+    return [=](const nn::LayerCall& call) -> std::vector<Plan> {
+        const index_t shift = call.layer % 2 == 0 ? 0 : 2;
+        if (sampled) return {Grid2D{.height = side, .width = side, .window = 4, .shift = shift, .sigma = .75}.sample(call.tokens, call.tokens, call.draw, false)};
+        return {ShiftedWindows2D{.height = side, .width = side, .window = 4, .shift = shift}.plan(call.tokens, call.tokens)};
     };
 }
 

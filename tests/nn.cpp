@@ -414,10 +414,15 @@ TEST_CASE("files: what numpy wrote, names of someone else, and what is refused")
 TEST_CASE("which layers sample, and when") {
     const auto plans = nn::subsampled(Causal{}, LocallyBiased<4>{.sigma = linear(.1, .2, 6)}, nn::LayerRange::last_of(2, 6));
     for (index_t layer = 0; layer < 6; ++layer) {
-        const auto plan = plans(layer, 40, {.seed = 1, .layer = static_cast<std::uint32_t>(layer)});
-        CHECK(plan.has_value() == (layer >= 4));
-        if (plan) CHECK(plan->count() == LocallyBiased<4>{.sigma = linear(.1, .2, 6)}.sample(40, 40, {.seed = 1, .layer = static_cast<std::uint32_t>(layer)}, true).count());
+        const auto plan = plans({layer, 3, 40, {}, {.seed = 1, .layer = static_cast<std::uint32_t>(layer)}});
+        CHECK(plan.size() == (layer >= 4 ? 1 : 0));
+        if (!plan.empty()) CHECK(plan[0].count() == LocallyBiased<4>{.sigma = linear(.1, .2, 6)}.sample(40, 40, {.seed = 1, .layer = static_cast<std::uint32_t>(layer)}, true).count());
     }
+    // A draw for each item of a ragged batch.
+    const std::vector<index_t> lengths{10, 3, 8};
+    const auto items = nn::subsampled(Dense{}, Unbiased{.drop = .5, .per_item = true})({0, 3, 10, lengths, {.seed = 1}});
+    REQUIRE(items.size() == 3);
+    for (std::size_t b = 0; b < 3; ++b) CHECK(items[b].count() == 10 * ((lengths[b] + 1) / 2));
     const nn::SubsampledTraining recipe{plans};
     CHECK((recipe.samples_at(0, 100) && recipe.samples_at(89, 100) && !recipe.samples_at(90, 100)));
     CHECK(!recipe.at(95, 100));

@@ -126,6 +126,15 @@ public:
         return made;
     }
 
+    /// The plans of a call with a batch: one for all items, or one for each where the sampler draws per item or the options name them.
+    /// Throws invalid_input.
+    std::vector<Plan> plans(index_t batch, index_t queries, index_t keys, const CallOptions& options) const {
+        check_lengths(options.key_lengths, batch, keys, "key_lengths");
+        const Plans found = plans_for(options, batch, queries, keys);
+        if (found.shared) return {*found.shared};
+        return {found.items.begin(), found.items.end()};
+    }
+
     /// out = polynomial in A of V.
     /// Shapes: q [.., heads, queries, d], k [.., key heads, keys, d], v [.., key heads, keys, e] -> [.., heads, queries, e], rank
     /// 2 to 4, any expressions of xtensor or raw views (tensor_view); key heads divide heads (grouped-query attention).

@@ -9,8 +9,14 @@ POLYATTN_BEGIN_NAMESPACE
 
 namespace nn {
 
-/// The plan that a layer's attention uses instead of its own, if any: (layer, tokens, draw of that layer).
-using PlanSource = std::function<std::optional<Plan>(index_t layer, index_t tokens, const Draw& draw)>;
+/// One layer's attention in one pass: what its plans may hang on. `draw` is the layer's; `lengths` is empty if all tokens are valid.
+struct LayerCall {
+    index_t layer = 0, batch = 1, tokens = 0;
+    std::span<const index_t> lengths = {};
+    Draw draw = {};
+};
+/// The plans that a layer's attention uses instead of its own: one for all batch items, one for each, or none.
+using PlanSource = std::function<std::vector<Plan>(const LayerCall& call)>;
 
 /// What all layers share in one pass through a network.
 struct Pass {

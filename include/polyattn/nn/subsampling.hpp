@@ -24,9 +24,9 @@ struct LayerRange {
 template <SparsityPattern Pattern, SamplerPolicy Sampler>
 PlanSource subsampled(Pattern pattern, Sampler sampler, LayerRange layers = {}) {
     const polyattn::Attention<Pattern, Sampler> checked{pattern, sampler};  // throws or fails to compile where they don't fit
-    return [=](index_t layer, index_t tokens, const Draw& draw) -> std::optional<Plan> {
-        if (!layers.contains(layer)) return std::nullopt;
-        return checked.plan(tokens, tokens, draw);
+    return [=](const LayerCall& call) -> std::vector<Plan> {
+        if (!layers.contains(call.layer)) return {};
+        return checked.plans(call.batch, call.tokens, call.tokens, {.key_lengths = {call.lengths.begin(), call.lengths.end()}, .draw = call.draw});
     };
 }
 

@@ -63,7 +63,11 @@ public:
         const detail::ActivationDropout attention_drop(dropout_, pass, detail::DropSite::attention), feed_drop(dropout_, pass, detail::DropSite::feed_forward);
         CallOptions options{.key_lengths = pass.lengths, .draw = pass.draw, .workspace = pass.workspace};
         if (pass.training) options.dropout = attention_dropout_;
-        if (pass.plans) options.plan = pass.plans(static_cast<index_t>(pass.draw.layer), batch > 0 ? x.rows / batch : 0, pass.draw);
+        if (pass.plans) {
+            std::vector<Plan> plans = pass.plans({static_cast<index_t>(pass.draw.layer), batch, batch > 0 ? x.rows / batch : 0, pass.lengths, pass.draw});
+            if (plans.size() == 1) options.plan = std::move(plans[0]);
+            else options.item_plans = std::move(plans);
+        }
         if (pre_norm_) {
             attention_norm.forward(x, attended, saved.attention_norm);
             attention.forward(attended, x, middle, batch, saved.attention, options, attention_drop);
