@@ -42,57 +42,65 @@ void for_each_key_run(const Plan& plan, index_t key_length, F&& f) {
     emit({edges.data(), 0, static_cast<index_t>(std::lower_bound(edges.begin(), edges.end(), key_length) - edges.begin())});
 }
 
-/// sums[columns] += sum over p < count of weights[p] * x[keys[p]], N vectors of columns.
-template <int N, class T, class A>
-POLYATTN_ALWAYS_INLINE void one_row_tile(const T* weights, const KeyRun& keys, index_t first, index_t count, Rows<T> x, T* sums, index_t column) {
+/// weights[head * stride + l] = queries[head] . row(l) for the keys l of one vector. Two heads share what is loaded of half of them.
+template <class T, class A, class Row>
+POLYATTN_ALWAYS_INLINE void key_dots(const T* queries, index_t heads, index_t dim, Row&& row, T* weights, index_t stride) {
     using V = Vec<T, A>;
-    constexpr int width = lanes<T, A>, sets = 8 / N;
-    V acc[sets][N];
-    unroll<sets>([&](auto s) POLYATTN_INLINE_LAMBDA { unroll<N>([&](auto v) POLYATTN_INLINE_LAMBDA { acc[s][v] = s == 0 ? V::load_aligned(sums + column + v * width) : V(T(0)); }); });
+    constexpr int width = lanes<T, A>, half = width / 2;
+    index_t m = 0;
+    for (; m + 2 <= heads; m += 2)
+        unroll<2>([&](auto part) POLYATTN_INLINE_LAMBDA {
+            PerLane<T, A> product;
+            expand<width>([&]<int... L>(Ints<L...>) POLYATTN_INLINE_LAMBDA { ((product[L] = V(T(0))), ...); });
+            for (index_t c = 0; c < dim; c += width) {
+                const V query[2] = {in_register<T, A>(V::load_aligned(queries + m * dim + c)), in_register<T, A>(V::load_aligned(queries + (m + 1) * dim + c))};
+                expand<half>([&]<int... L>(Ints<L...>) POLYATTN_INLINE_LAMBDA {
+                    ([&] POLYATTN_INLINE_LAMBDA {
+                        const V key = in_register<T, A>(V::load_unaligned(row(std::integral_constant<int, part * half + L>{}) + c));
+                        product[L] = multiply_add(query[0], key, product[L]);
+                        product[L + half] = multiply_add(query[1], key, product[L + half]);
+                    }(), ...);
+                });
+            }
+            alignas(64) T dots[width];
+            lane_sums<T, A>(product).store_aligned(dots);
+            std::copy_n(dots, half, weights + m * stride + part * half);
+            std::copy_n(dots + half, half, weights + (m + 1) * stride + part * half);
+        });
+    if (m == heads) return;
+    PerLane<T, A> product;
+    expand<width>([&]<int... L>(Ints<L...>) POLYATTN_INLINE_LAMBDA {
+        ((product[L] = V(T(0))), ...);
+        for (index_t c = 0; c < dim; c += width) {
+            const V query = V::load_aligned(queries + m * dim + c);
+            ((product[L] = multiply_add(query, V::load_unaligned(row(std::integral_constant<int, L>{}) + c), product[L])), ...);
+        }
+    });
+    lane_sums<T, A>(product).store_aligned(weights + m * stride);
+}
+
+/// sums[head][columns] += sum over p < count of weights[head][p] * x[keys[p]] for M heads and N vectors of columns.
+template <int M, int N, class T, class A>
+POLYATTN_ALWAYS_INLINE void key_sums(const T* weights, index_t weight_stride, const KeyRun& keys, index_t first, index_t count, Rows<T> x, T* sums, index_t sums_stride) {
+    using V = Vec<T, A>;
+    constexpr int width = lanes<T, A>, sets = std::max(1, 8 / (M * N));
+    V acc[sets][M * N];
+    unroll<sets>([&](auto s) POLYATTN_INLINE_LAMBDA {
+        expand<M * N>([&]<int... I>(Ints<I...>) POLYATTN_INLINE_LAMBDA { ((acc[s][I] = s == 0 ? V::load_aligned(sums + I / N * sums_stride + I % N * width) : V(T(0))), ...); });
+    });
     const auto add = [&](auto set, index_t p) POLYATTN_INLINE_LAMBDA {
-        const T* const row = x.row(keys[first + p]) + column;
-        unroll<N>([&](auto v) POLYATTN_INLINE_LAMBDA { acc[set][v] = multiply_add(V(weights[p]), V::load_unaligned(row + v * width), acc[set][v]); });
+        const T* const row = x.row(keys[first + p]);
+        V value[N];
+        expand<N>([&]<int... I>(Ints<I...>) POLYATTN_INLINE_LAMBDA { ((value[I] = in_register<T, A>(V::load_unaligned(row + I * width))), ...); });
+        expand<M * N>([&]<int... I>(Ints<I...>) POLYATTN_INLINE_LAMBDA { ((acc[set][I] = multiply_add(V(weights[I / N * weight_stride + p]), value[I % N], acc[set][I])), ...); });
     };
     index_t p = 0;
     for (; p + sets <= count; p += sets) unroll<sets>([&](auto s) POLYATTN_INLINE_LAMBDA { add(s, p + s); });
     for (; p < count; ++p) add(std::integral_constant<int, 0>{}, p);
-    unroll<N>([&](auto v) POLYATTN_INLINE_LAMBDA {
-        unroll<sets - 1>([&](auto s) POLYATTN_INLINE_LAMBDA { acc[0][v] = acc[0][v] + acc[s + 1][v]; });
-        acc[0][v].store_aligned(sums + column + v * width);
+    expand<M * N>([&]<int... I>(Ints<I...>) POLYATTN_INLINE_LAMBDA {
+        unroll<sets - 1>([&](auto s) POLYATTN_INLINE_LAMBDA { ((acc[0][I] = acc[0][I] + acc[s + 1][I]), ...); });
+        (acc[0][I].store_aligned(sums + I / N * sums_stride + I % N * width), ...);
     });
-}
-
-/// A run of keys for several heads, which are the lanes of a group: states[head] = sums, reference, sum of weights.
-template <class A, class T, class Bias>
-void decode_lanes(const Head<T, Bias>& head, index_t rows, const KeyRun& run, const T* queries, Rows<T> k, Rows<T> v, index_t columns, T* scratch, T* states, index_t state_size) {
-    constexpr index_t block_keys = 32, ahead = 64, line = 64 / sizeof(T);
-    T *const weights = scratch, *const sums = scratch + block_keys * group_size;
-    GroupState<T> state;
-    state.start(sums, columns);
-    Lanes working;
-    for (index_t m = 0; m < rows; ++m) working.set(static_cast<std::size_t>(m), {0, block_keys});
-    std::fill_n(sums, group_size * columns, T(0));
-    const Tile tile{IndexSequence::range(0, 1), IndexSequence::range(run.first, run.first + run.count), {}, {}};
-    const Group group{};
-    for (index_t at = 0; at < run.count; at += block_keys) {
-        const index_t count = std::min(block_keys, run.count - at);
-        const Block block{&tile, at, count, {}, 0, count, false, {}};
-        for (index_t p = at + ahead; p < std::min(at + ahead + block_keys, run.count); ++p) {
-            for (index_t c = 0; c < head.q.cols; c += line) prefetch(k.row(run.first + p) + c);
-            for (index_t c = 0; c < columns; c += line) prefetch(v.row(run.first + p) + c);
-        }
-        score_block<true, T, A>(block, head, {}, group, queries, {k.row(run.first + at), k.stride}, state, weights);
-        if (count < block_keys)
-            for (index_t m = 0; m < rows; ++m) working.end[static_cast<std::size_t>(m)] = count;
-        weighted_sum<T, A>(weights, v.row(run.first + at), v.stride, count, &working, columns, sums, columns, true);
-        state.has_out = true;
-    }
-    for (index_t m = 0; m < rows; ++m) {
-        T* const own = states + m * state_size;
-        std::copy_n(sums + m * columns, columns, own);
-        own[columns] = state.reference[m];
-        own[columns + 1] = state.sum[m];
-    }
 }
 
 /// One hop of the heads `heads` of one query each, which share keys and values. O(keys) work, memory O(heads * chunks * d).
@@ -100,7 +108,7 @@ template <class A, class T, class Bias>
 void decode(std::span<const Head<T, Bias>> heads, std::span<const HeadResult<T>> results, Workers& workers) {
     using V = Vec<T, A>;
     constexpr int width = lanes<T, A>;
-    constexpr index_t block = 128, chunk_keys = 4096;  // a block of values stays in the first-level cache
+    constexpr index_t block = 64, chunk_keys = 4096, line = 64 / sizeof(T);  // a block of values stays in the first-level cache
     const Head<T, Bias>& first = heads[0];
     const auto rows = static_cast<index_t>(heads.size());
     const index_t dim = padded(first.q.cols, width), columns = padded(first.v.cols, width);
@@ -125,16 +133,10 @@ void decode(std::span<const Head<T, Bias>> heads, std::span<const HeadResult<T>>
     const index_t state_size = padded(columns + 2, width);  // sums, reference, sum of weights
     T* const states = arena.take<T>(runs * rows * state_size).data();
     const auto scratch = arena.take<T*>(workers.count());
-    for (int w = 0; w < workers.count(); ++w) scratch[static_cast<std::size_t>(w)] = workers[w].template take<T>(offset_t{std::max(rows, index_t{group_size})} * (block + columns)).data();
-    // Some heads fill the lanes of a group well enough; a bias is the same for all lanes only.
-    const bool heads_as_lanes = std::is_same_v<Bias, NoBias> && rows >= 3 && rows <= group_size;
-    T* const lane_queries = arena.take<T>(offset_t{dim} * group_size).data();
-    for (index_t c = 0; heads_as_lanes && c < dim; ++c)
-        for (index_t m = 0; m < group_size; ++m) lane_queries[c * group_size + m] = queries[std::min(m, rows - 1) * dim + c];
-
+    for (int w = 0; w < workers.count(); ++w) scratch[static_cast<std::size_t>(w)] = workers[w].template take<T>(offset_t{rows} * (block + columns)).data();
+    const bool ahead = offset_t{first.k.rows} * (dim + columns) * static_cast<offset_t>(sizeof(T)) > offset_t{8} << 20;
     parallel_for(runs, [&](offset_t r, int worker) {
         const KeyRun& run = chunks[static_cast<std::size_t>(r)];
-        if (heads_as_lanes && !run.keys) return decode_lanes<A>(first, rows, run, lane_queries, k, v, columns, scratch[static_cast<std::size_t>(worker)], states + r * rows * state_size, state_size);
         T *const weights = scratch[static_cast<std::size_t>(worker)], *const sums = weights + offset_t{rows} * block;
         T* const state = states + r * rows * state_size;
         std::fill_n(sums, offset_t{rows} * columns, T(0));
@@ -145,16 +147,20 @@ void decode(std::span<const Head<T, Bias>> heads, std::span<const HeadResult<T>>
         for (index_t at = 0; at < run.count; at += block) {
             const index_t count = std::min(block, run.count - at);
             for (index_t p = 0; p < count; p += width) {
-                const T* key[width];
-                unroll<width>([&](auto l) POLYATTN_INLINE_LAMBDA { key[l] = k.row(run[at + std::min<index_t>(p + l, count - 1)]); });  // the last one stands for those behind
-                for (index_t m = 0; m < rows; ++m) {
-                    V product[width];
-                    unroll<width>([&](auto l) POLYATTN_INLINE_LAMBDA { product[l] = V(T(0)); });
-                    for (index_t c = 0; c < dim; c += width) {
-                        const V query = V::load_aligned(queries + m * dim + c);
-                        unroll<width>([&](auto l) POLYATTN_INLINE_LAMBDA { product[l] = multiply_add(query, V::load_unaligned(key[l] + c), product[l]); });
+                if (ahead)  // the next block comes in meanwhile: the hardware does not see ahead where keys and values take turns
+                    for (index_t next = at + block + p; next < std::min(at + block + p + width, run.count); ++next) {
+                        for (index_t c = 0; c < dim; c += line) prefetch(k.row(run[next]) + c);
+                        for (index_t c = 0; c < columns; c += line) prefetch(v.row(run[next]) + c);
                     }
-                    lane_sums<T, A>(product).store_aligned(weights + m * block + p);
+                if (!run.keys && p + width <= count) {  // four base pointers and one offset
+                    const T* const keys = k.row(run[at + p]);
+                    const T* const base[4] = {keys, keys + k.stride, keys + 2 * k.stride, keys + 3 * k.stride};
+                    const std::ptrdiff_t four = 4 * k.stride;
+                    key_dots<T, A>(queries, rows, dim, [&](auto l) POLYATTN_INLINE_LAMBDA { return base[l % 4] + l / 4 * four; }, weights + p, block);
+                } else {
+                    const T* key[width];
+                    unroll<width>([&](auto l) POLYATTN_INLINE_LAMBDA { key[l] = k.row(run[at + std::min<index_t>(p + l, count - 1)]); });  // the last one stands for those behind
+                    key_dots<T, A>(queries, rows, dim, [&](auto l) POLYATTN_INLINE_LAMBDA { return key[l]; }, weights + p, block);
                 }
             }
             for (index_t m = 0; m < rows; ++m) {
@@ -173,10 +179,14 @@ void decode(std::span<const Head<T, Bias>> heads, std::span<const HeadResult<T>>
                 }
                 sum += exp2_in_place<T, A>(own, reference);
             }
-            for (index_t m = 0; m < rows; ++m)
-                for_column_panels<4, width>(columns, [&](auto vectors, index_t column) POLYATTN_INLINE_LAMBDA {
-                    one_row_tile<vectors, T, A>(weights + m * block, run, at, count, v, sums + m * columns, column);
+            const auto add_values = [&](auto together, index_t m) POLYATTN_INLINE_LAMBDA {
+                for_column_panels<together == 1 ? 4 : Tiling<T, A>::columns, width>(columns, [&](auto vectors, index_t column) POLYATTN_INLINE_LAMBDA {
+                    key_sums<together, vectors, T, A>(weights + m * block, block, run, at, count, {v.data + column, v.stride}, sums + m * columns + column, columns);
                 });
+            };
+            index_t m = 0;
+            for (; m + 4 <= rows; m += 4) add_values(std::integral_constant<int, 4>{}, m);
+            for (; m < rows; ++m) add_values(std::integral_constant<int, 1>{}, m);
         }
         for (index_t m = 0; m < rows; ++m) std::copy_n(sums + m * columns, columns, state + m * state_size);
     });

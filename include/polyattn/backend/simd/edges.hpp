@@ -76,9 +76,11 @@ POLYATTN_ALWAYS_INLINE void gather_sum(Vec<T, A> (&sum)[N], const index_t* keys,
     });
 }
 
-/// Sums of the lanes of each vector, in order: rounds of halves, as in a transposition.
+/// Sums of the lanes of each vector, in order.
 template <class T, class A>
 POLYATTN_ALWAYS_INLINE Vec<T, A> lane_sums(PerLane<T, A>& x) {
+    if constexpr (!is_avx512<A>) return xsimd::haddp(x);
+    // Rounds of halves, as in a transposition: fewer operations than xsimd's form.
     constexpr int rounds = std::bit_width(static_cast<unsigned>(lanes<T, A>)) - 1;
     unroll<rounds>([&](auto r) POLYATTN_INLINE_LAMBDA {
         constexpr int half = lanes<T, A> >> (r + 1);

@@ -23,6 +23,8 @@ struct Tiling {
     /// Rows and vectors of columns of an output tile.
     static constexpr int rows = registers == 32 ? 8 : 4;
     static constexpr int columns = 3;
+    /// Keys whose values all rows of a group use before the next ones come into the first-level cache.
+    static constexpr index_t value_keys = 80;
     /// Keys whose weights are worked on at once: of one group of queries, so that a window of 512 is one block ..
     static constexpr int key_block = sizeof(T) == 4 ? 544 : 272;
     /// .. and of several groups, so that the keys and values stay in the second-level cache meanwhile.
@@ -61,7 +63,7 @@ POLYATTN_ALWAYS_INLINE void weighted_sum_tile(const T* weights, const T* x, std:
     else expand<M * N>([&]<int... I>(Ints<I...>) POLYATTN_INLINE_LAMBDA { ((acc[I] = V(T(0))), ...); });
     for (index_t key = 0; key < keys; ++key) {
         V row[N];
-        expand<N>([&]<int... I>(Ints<I...>) POLYATTN_INLINE_LAMBDA { ((row[I] = V::load_unaligned(x + I * lanes)), ...); });
+        expand<N>([&]<int... I>(Ints<I...>) POLYATTN_INLINE_LAMBDA { ((row[I] = in_register<T, A>(V::load_unaligned(x + I * lanes))), ...); });
         expand<M * N>([&]<int... I>(Ints<I...>) POLYATTN_INLINE_LAMBDA { ((acc[I] = multiply_add(V(weights[I / N]), row[I % N], acc[I])), ...); });
         weights += group_size;
         x += x_stride;
@@ -86,7 +88,7 @@ POLYATTN_ALWAYS_INLINE void transposed_sum_tile(Vec<T, A> (&acc)[M * N], const T
     x += first * x_stride;
     for (int query = first; query < last; ++query) {
         V row[N];
-        expand<N>([&]<int... I>(Ints<I...>) POLYATTN_INLINE_LAMBDA { ((row[I] = V::load_unaligned(x + I * lanes)), ...); });
+        expand<N>([&]<int... I>(Ints<I...>) POLYATTN_INLINE_LAMBDA { ((row[I] = in_register<T, A>(V::load_unaligned(x + I * lanes))), ...); });
         expand<M * N>([&]<int... I>(Ints<I...>) POLYATTN_INLINE_LAMBDA { ((acc[I] = multiply_add(V(weights[I / N * group_size + query]), row[I % N], acc[I])), ...); });
         x += x_stride;
     }
@@ -141,13 +143,16 @@ void weighted_sum(const T* weights, const T* x, std::ptrdiff_t x_stride, index_t
         }
         seen[part] = begin < end ? Bounds{begin, end} : Bounds{};
     }
+    const index_t rounds = std::max(index_t{1}, (keys + K::value_keys - 1) / K::value_keys), step = std::max(index_t{1}, (keys + rounds - 1) / rounds);
     for_column_panels<K::columns, K::lanes>(columns, [&](auto width, index_t column) POLYATTN_INLINE_LAMBDA {
-        for (int part = 0; part < group_size / K::rows; ++part) {
-            const int row = part * K::rows;
-            if (seen[part].empty() && add) continue;
-            weighted_sum_tile<K::rows, width, T, A>(weights + seen[part].begin * group_size + row, x + seen[part].begin * x_stride + column, x_stride,
-                                                    seen[part].size(), out + row * out_stride + column, out_stride, add);
-        }
+        for (index_t first = 0; first == 0 || first < keys; first += step)
+            for (int part = 0; part < group_size / K::rows; ++part) {
+                const int row = part * K::rows;
+                const index_t begin = std::max(seen[part].begin, first), end = std::min(seen[part].end, first + step);
+                if (begin >= end && (add || first > 0)) continue;
+                weighted_sum_tile<K::rows, width, T, A>(weights + begin * group_size + row, x + begin * x_stride + column, x_stride, std::max(end - begin, index_t{0}),
+                                                        out + row * out_stride + column, out_stride, add || first > 0);
+            }
     });
 }
 
@@ -163,18 +168,26 @@ template <class T, class A>
 void transposed_sum(std::span<const WeightPlane<T>> planes, Bounds keys, std::ptrdiff_t x_stride, index_t columns, T* out, std::ptrdiff_t out_stride) {
     using V = Vec<T, A>;
     using K = Tiling<T, A>;
+    struct Share {  // of a plane in a tile: the queries [first, last) that see any of its keys
+        const T *weights, *x;
+        int first, last;
+    };
     const auto tile = [&]<int M>(std::integral_constant<int, M>, index_t key) POLYATTN_INLINE_LAMBDA {
+        Share shares[Schedule::most_groups];
+        int count = 0;
+        for (const WeightPlane<T>& plane : planes) {
+            if (key < plane.keys.begin || key >= plane.keys.end) continue;
+            const index_t at = key - plane.keys.begin;
+            const auto [first, last] = plane.lanes ? lanes_that_see(*plane.lanes, at, at + M) : std::pair{0, group_size};
+            if (first < last) shares[count++] = {plane.weights + at * group_size, plane.x, first, last};
+        }
+        if (count == 0) return;
         for_column_panels<K::columns, K::lanes>(columns, [&](auto width, index_t column) POLYATTN_INLINE_LAMBDA {
             constexpr int N = width;
             V acc[M * N];
             T* const to = out + key * out_stride + column;
             expand<M * N>([&]<int... I>(Ints<I...>) POLYATTN_INLINE_LAMBDA { ((acc[I] = V::load_unaligned(to + I / N * out_stride + I % N * K::lanes)), ...); });
-            for (const WeightPlane<T>& plane : planes) {
-                if (key < plane.keys.begin || key >= plane.keys.end) continue;
-                const index_t at = key - plane.keys.begin;
-                const auto [first, last] = plane.lanes ? lanes_that_see(*plane.lanes, at, at + M) : std::pair{0, group_size};
-                transposed_sum_tile<M, N, T, A>(acc, plane.weights + at * group_size, plane.x + column, x_stride, first, last);
-            }
+            for (int s = 0; s < count; ++s) transposed_sum_tile<M, N, T, A>(acc, shares[s].weights, shares[s].x + column, x_stride, shares[s].first, shares[s].last);
             expand<M * N>([&]<int... I>(Ints<I...>) POLYATTN_INLINE_LAMBDA { (acc[I].store_unaligned(to + I / N * out_stride + I % N * K::lanes), ...); });
         });
     };

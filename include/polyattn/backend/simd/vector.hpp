@@ -91,10 +91,24 @@ POLYATTN_ALWAYS_INLINE Vec<T, A> interleave(Vec<T, A> a, Vec<T, A> b) {
     else return xsimd::zip_lo(a, b);
 }
 
+/// The vector in a register of its own. With 16 registers GCC would rather load a value again for each use, and tiles are bound by loads.
+template <class T, class A>
+POLYATTN_ALWAYS_INLINE Vec<T, A> in_register(Vec<T, A> a) {
+#if defined(__GNUC__) && (defined(__x86_64__) || defined(__i386__))
+    if constexpr (!is_avx512<A>) {
+        typename Vec<T, A>::register_type held = a;
+        asm("" : "+x"(held));
+        return held;
+    }
+#endif
+    return a;
+}
+
 /// Fetches the line into the second-level cache.
-inline void prefetch([[maybe_unused]] const void* address) {
+POLYATTN_ALWAYS_INLINE void prefetch([[maybe_unused]] const void* address) {
 #if defined(__GNUC__)
     __builtin_prefetch(address, 0, 2);
+    asm volatile("");  // GCC takes a function that only fetches for one without effect, and drops its calls
 #endif
 }
 
