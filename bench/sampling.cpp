@@ -1,6 +1,8 @@
 // Sampled attention (SSA): what a draw costs, and attention with L windows against dense attention, forward and backward.
 #include "common.hpp"
 
+#include <polyattn/analysis/sampling.hpp>
+
 using namespace bench;
 
 namespace {
@@ -54,6 +56,36 @@ void windows(benchmark::State& state) {
     state.counters["scratch_MB"] = double(workspace.capacity()) / 1e6;
 }
 
+/// The compute column of the paper's table 1 (d = 1024): the closed form, beside the multiplications that drawn plans leave. The paper counts
+/// all n x n pairs; `causal` counts those in front of each query only, dense ones as well.
+void table_1(benchmark::State& state) {
+    const auto n = static_cast<index_t>(state.range(0)), layers = static_cast<index_t>(state.range(1)), sampled = static_cast<index_t>(state.range(2)), windows = static_cast<index_t>(state.range(3));
+    constexpr double dim = 1024;
+    const auto pairs = [&](bool causal, std::uint32_t layer) {
+        const Draw draw{.seed = 1, .layer = layer};
+        const auto count = [&]<int L>(std::integral_constant<int, L>) { return double(LocallyBiased<L>{.sigma = .1}.sample(n, n, draw, causal).count()); };
+        return windows == 2 ? count(std::integral_constant<int, 2>{}) : windows == 4 ? count(std::integral_constant<int, 4>{}) : windows == 6 ? count(std::integral_constant<int, 6>{}) : count(std::integral_constant<int, 8>{});
+    };
+    const auto counted = [&](bool causal) {
+        const double all = causal ? double(n) * (n + 1) / 2 : double(n) * n;
+        double flops = 0, dense = 0;
+        for (index_t layer = 0; layer < layers; ++layer) {
+            const double weights = 12 * dim * dim * n;
+            dense += weights + 2 * dim * all;
+            flops += weights + 2 * dim * (layer >= layers - sampled ? pairs(causal, static_cast<std::uint32_t>(layer)) : all);
+        }
+        return flops / dense;
+    };
+    double share = 0;
+    for (auto _ : state) share = counted(false);
+    const double closed = relative_compute(layers, sampled, windows, n, dim);
+    if (!(std::abs(share - closed) < 1e-12)) return state.SkipWithError("the closed form is not what the plans count");
+    state.counters["closed_form"] = closed;
+    state.counters["counted"] = share;
+    state.counters["with_fine_tuning"] = relative_compute(layers, sampled, windows, n, dim, .1);
+    state.counters["causal"] = counted(true);
+}
+
 void sizes(benchmark::internal::Benchmark* benchmark) { benchmark->ArgName("n")->Arg(1024)->Arg(4096)->Arg(16384)->UseManualTime()->Unit(benchmark::kMillisecond); }
 
 }  // namespace
@@ -71,4 +103,16 @@ BENCHMARK(windows<2, true, false>)->Name("causal_forward/windows:2")->Apply(size
 BENCHMARK(windows<4, true, false>)->Name("causal_forward/windows:4")->Apply(sizes);
 BENCHMARK(windows<8, true, false>)->Name("causal_forward/windows:8")->Apply(sizes);
 BENCHMARK(windows<4, true, true>)->Name("causal_backward/windows:4")->Apply(sizes);
+// WikiText-103, then enwik8.
+BENCHMARK(table_1)
+    ->ArgNames({"n", "layers", "sampled", "windows"})
+    ->Args({3072, 16, 16, 2})
+    ->Args({3072, 16, 16, 4})
+    ->Args({3072, 16, 12, 4})
+    ->Args({3072, 16, 16, 6})
+    ->Args({3072, 16, 16, 8})
+    ->Args({4096, 12, 12, 2})
+    ->Args({4096, 12, 12, 4})
+    ->Args({4096, 12, 9, 4})
+    ->Unit(benchmark::kMillisecond);
 BENCHMARK_MAIN();

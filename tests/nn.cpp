@@ -1,5 +1,6 @@
 // Layers with parameters: finite differences of everything that is learned, training steps that repeat
 // to the last bit, files, schedules and ensembles.
+#include "../examples/bert.hpp"
 #include "support/random.hpp"
 
 #include <polyattn/nn/classifier.hpp>
@@ -210,7 +211,9 @@ TEST_CASE("whole models: finite differences of every parameter") {
     options.attention_dropout = {.weights = .2, .values = .1};
     check(Attention{Causal{}, PPR<2>{}}, options, {.training = true});
     options.pre_norm = false;
-    check(Attention{SlidingWindow{.window = 6}}, options, {.training = true});
+    options.embedding_norm = true;
+    options.norm_epsilon = 1e-3;
+    check(Attention{SlidingWindow{.window = 6}}, options, {.training = true}, 13);
     {
         // A ragged batch of graphs, as regression: a learned bias by distance, every item its own.
         const auto distance = [](index_t batch, index_t query, index_t key) { return (query + key + batch) % 4; };
@@ -355,19 +358,24 @@ TEST_CASE("files: what numpy wrote, names of someone else, and what is refused")
         out << header;
         out.write(reinterpret_cast<const char*>(data.data()), static_cast<std::streamsize>(data.size()));
     };
-    // numpy.float32([[1, -2], [0.5, 3], [0, 1e-3]]), numpy.float64([1.5, -0.25, 7]), numpy.float16([1, -0.5, 65504, 6e-8]), bfloat16 1 and -3.
+    // numpy.float32([[1, -2], [0.5, 3], [0, 1e-3]]), numpy.float64([1.5, -0.25, 7]), numpy.float16([1, -0.5, 65504, 6e-8]), bfloat16 1 and -3,
+    // numpy.int64([5, -2]), numpy.int32([-7]).
     const std::string header = R"({"__metadata__": {"from": "numpy"}, "encoder.w": {"dtype": "F32", "shape": [3, 2], "data_offsets": [0, 24]}, )"
                                R"("encoder.b": {"dtype": "F64", "shape": [3], "data_offsets": [24, 48]}, "half": {"dtype": "F16", "shape": [4], "data_offsets": [48, 56]}, )"
-                               R"("brain": {"dtype": "BF16", "shape": [2], "data_offsets": [56, 60]}}   )";
+                               R"("brain": {"dtype": "BF16", "shape": [2], "data_offsets": [56, 60]}, "places": {"dtype": "I64", "shape": [2], "data_offsets": [60, 76]}, )"
+                               R"("place": {"dtype": "I32", "shape": [], "data_offsets": [76, 80]}}   )";
     const std::vector<unsigned char> data{0, 0, 128, 63, 0, 0, 0, 192, 0, 0, 0, 63, 0, 0, 64, 64, 0, 0, 0, 0, 111, 18, 131, 58,              // float32
                                           0, 0, 0, 0, 0, 0, 248, 63, 0, 0, 0, 0, 0, 0, 208, 191, 0, 0, 0, 0, 0, 0, 28, 64,                 // float64
                                           0, 60, 0, 184, 255, 123, 1, 0,                                                                   // float16
-                                          128, 63, 64, 192};                                                                               // bfloat16
+                                          128, 63, 64, 192,                                                                                // bfloat16
+                                          5, 0, 0, 0, 0, 0, 0, 0, 254, 255, 255, 255, 255, 255, 255, 255, 249, 255, 255, 255};             // int64, int32
     write(header, data);
     const auto file = nn::TensorFile<float>::read(path);
     CHECK(file.metadata.at("from") == "numpy");
     CHECK(file.at("half").values == std::vector<float>{1, -.5f, 65504, 0x1p-24f});
     CHECK(file.at("brain").values == std::vector<float>{1, -3});
+    CHECK(file.at("places").values == std::vector<float>{5, -2});
+    CHECK(file.at("place").values == std::vector<float>{-7});
     nn::Linear<float> layer("mine", 2, 3, 1, 1);
     const std::map<std::string, std::string> names{{"mine.weight", "encoder.w"}, {"mine.bias", "encoder.b"}};
     nn::load_parameters(layer, file, static_cast<nn::AdamW<float>*>(nullptr), [&](const std::string& name) { return names.at(name); });
@@ -409,6 +417,39 @@ TEST_CASE("files: what numpy wrote, names of someone else, and what is refused")
         out << "\xff\xff\xff\xff\xff\xff\xff\x7f{}";
     }
     CHECK_THROWS_AS(File::read(path), nn::file_error);
+}
+
+TEST_CASE("a pretrained encoder of someone else: the outputs that numpy computed") {
+    const std::filesystem::path path = std::filesystem::path(POLYATTN_TEST_DATA) / "tiny_bert.safetensors";
+    const auto file = nn::TensorFile<double>::read(path);
+    const auto encoder = read_bert<double>(path, 2);
+    const auto sparse = read_bert<double>(path, 2, Attention{SlidingWindow{.window = 14}});  // wide enough to be dense
+    std::remove_const_t<decltype(encoder)>::Saved saved;
+    std::remove_const_t<decltype(sparse)>::Saved sparse_saved;
+    Workspace workspace;
+    const auto check = [&](const MatrixView<const double>& features, const Tensor<double>& wanted) {
+        REQUIRE(features.rows == wanted.shape[0]);
+        for (index_t i = 0; i < features.rows; ++i)
+            for (index_t c = 0; c < features.cols; ++c) CHECK(std::abs(features(i, c) - wanted.values[static_cast<std::size_t>(i * features.cols + c)]) < 1e4 * unit);  // some hundred roundings, of numbers up to 4
+    };
+    for (const std::string number : {"0", "1"}) {
+        const Tensor<double>& input = file.at("input." + number);
+        std::vector<index_t> tokens(input.values.begin(), input.values.end());
+        check(encoder.forward(tokens, 1, saved, {.workspace = &workspace}), file.at("output." + number));
+        check(sparse.forward(tokens, 1, sparse_saved, {.workspace = &workspace}), file.at("output." + number));
+    }
+    // Both as one padded batch.
+    std::vector<index_t> both{1, 4, 9, 4, 0, 10, 7, 3, 0, 0, 0, 0, 0, 0};
+    const auto features = encoder.forward(both, 2, saved, {.workspace = &workspace, .lengths = {7, 1}});
+    check({features.data, 7, features.cols, features.row_stride, 1}, file.at("output.0"));
+    check({features.row(7), 1, features.cols, features.row_stride, 1}, file.at("output.1"));
+    CHECK_THROWS_AS(read_bert<double>(path, 3), invalid_input);  // heads that do not divide
+    auto broken = file;
+    CHECK_THROWS_AS(broken.stack("all", {}), invalid_input);
+    CHECK_THROWS_AS(broken.stack("all", {"bert.embeddings.LayerNorm.weight", "output.0"}), invalid_input);
+    CHECK_THROWS_AS(broken.stack("all", {"output.0", "bert.encoder.layer.0.intermediate.dense.bias"}), invalid_input);
+    broken.stack("all", {"output.0", "output.1"});
+    CHECK(broken.at("all").shape == std::vector<offset_t>{8, 8});
 }
 
 TEST_CASE("which layers sample, and when") {

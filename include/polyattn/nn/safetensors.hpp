@@ -20,7 +20,7 @@ struct file_error : std::runtime_error {
     file_error(const std::filesystem::path& path, const std::string& what) : std::runtime_error("polyattn: " + path.string() + ": " + what) {}
 };
 
-/// Named tensors and strings. F64, F32, F16 and BF16 are read to T, whatever they are.
+/// Named tensors and strings. F64, F32, F16, BF16, I64 and I32 are read to T, whatever they are.
 template <class T>
 struct TensorFile {
     std::map<std::string, Tensor<T>> tensors;
@@ -33,6 +33,20 @@ struct TensorFile {
         if (!shape.empty() && found->second.shape != shape)
             throw invalid_input(name, detail::shape_text(std::span<const offset_t>(shape)), detail::shape_text(std::span<const offset_t>(found->second.shape)));
         return found->second;
+    }
+
+    /// Adds tensor `name`: the rows of `parts` one below the other. Throws invalid_input if one is missing or its rows have another shape.
+    void stack(const std::string& name, const std::vector<std::string>& parts) {
+        detail::require(!parts.empty(), "parts", "at least one tensor", "none");
+        Tensor<T> stacked = at(parts[0]);
+        for (std::size_t p = 1; p < parts.size(); ++p) {
+            const Tensor<T>& from = at(parts[p]);
+            if (from.shape.size() != stacked.shape.size() || from.shape.empty() || !std::equal(from.shape.begin() + 1, from.shape.end(), stacked.shape.begin() + 1))
+                throw invalid_input(parts[p], "rows like those of " + parts[0], detail::shape_text(std::span<const offset_t>(from.shape)));
+            stacked.shape[0] += from.shape[0];
+            stacked.values.insert(stacked.values.end(), from.values.begin(), from.values.end());
+        }
+        tensors[name] = std::move(stacked);
     }
 
     static TensorFile read(const std::filesystem::path& path) {
@@ -66,8 +80,8 @@ struct TensorFile {
                 }
                 tensor.values.resize(count);
                 const auto type = entry.at("dtype").template get<std::string>();
-                const std::uint64_t bytes = type == "F64" ? 8 : type == "F32" ? 4 : type == "F16" || type == "BF16" ? 2 : 0;
-                if (bytes == 0) throw file_error(path, name + " has type " + type + "; F64, F32, F16 and BF16 can be read");
+                const std::uint64_t bytes = type == "F64" || type == "I64" ? 8 : type == "F32" || type == "I32" ? 4 : type == "F16" || type == "BF16" ? 2 : 0;
+                if (bytes == 0) throw file_error(path, name + " has type " + type + "; F64, F32, F16, BF16, I64 and I32 can be read");
                 if (range[1] > data.size() || range[0] > range[1] || range[1] - range[0] != count * bytes) throw file_error(path, name + " does not fill its place in the file");
                 const char* from = data.data() + range[0];
                 for (T& value : tensor.values) {
@@ -116,6 +130,8 @@ private:
         };
         if (type == "F64") return as(double{});
         if (type == "F32") return double(as(float{}));
+        if (type == "I64") return double(as(std::int64_t{}));
+        if (type == "I32") return double(as(std::int32_t{}));
         const std::uint32_t bits = as(std::uint16_t{});
         if (type == "BF16") return double(std::bit_cast<float>(bits << 16));
         const std::uint32_t exponent = bits >> 10 & 31, fraction = bits & 1023;

@@ -20,6 +20,10 @@ struct TransformerOptions {
     index_t hidden = 0;
     /// Layer norms in front of each branch, and one at the end (pre-LN); else behind each sum (post-LN).
     bool pre_norm = true;
+    /// A layer norm on the embeddings, as BERT has it.
+    bool embedding_norm = false;
+    /// What layer norms add to variances.
+    double norm_epsilon = 1e-5;
     /// Dropout on embeddings and branches, and on attention's weights and Z.
     double dropout = 0;
     Dropout attention_dropout = {};
@@ -33,6 +37,7 @@ struct TransformerOptions {
         detail::require(hidden >= 0, "hidden", "a number of columns >= 0", hidden);
         detail::require_in_range(dropout, 0, .999, "dropout", "a probability of [0, 1)");
         detail::require_in_range(deviation, 0, 1e3, "deviation", "a deviation >= 0");
+        detail::require_in_range(norm_epsilon, 0, 1, "norm_epsilon", "a number of [0, 1]");
         attention_dropout.validate();
     }
 };
@@ -45,7 +50,7 @@ public:
     TransformerBlock(const std::string& name, Attention layer, const TransformerOptions& options)
         : attention(name + ".attention", std::move(layer), options.dim, options.heads, options.key_heads > 0 ? options.key_heads : options.heads, options.deviation, scale(options), options.seed),
           feed_forward(name + ".feed_forward", options.dim, options.hidden > 0 ? options.hidden : 4 * options.dim, options.deviation, scale(options), options.seed),
-          attention_norm(name + ".attention_norm", options.dim), feed_forward_norm(name + ".feed_forward_norm", options.dim), pre_norm_(options.pre_norm),
+          attention_norm(name + ".attention_norm", options.dim, options.norm_epsilon), feed_forward_norm(name + ".feed_forward_norm", options.dim, options.norm_epsilon), pre_norm_(options.pre_norm),
           dropout_(options.dropout), attention_dropout_(options.attention_dropout) {}
 
     struct Saved {
@@ -134,7 +139,7 @@ template <class T, class Attention>
 class Transformer {
 public:
     Transformer(const std::string& name, const Attention& layer, const TransformerOptions& options)
-        : last_norm(name + ".norm", options.dim), pre_norm_(options.pre_norm) {
+        : last_norm(name + ".norm", options.dim, options.norm_epsilon), pre_norm_(options.pre_norm) {
         options.validate();
         for (index_t l = 0; l < options.layers; ++l) blocks.emplace_back(detail::text(name, ".", l), layer, options);
     }
