@@ -49,9 +49,9 @@ struct Settings {
             layers = 6;
             length = 1024;
             batch = 2;
-            steps = 500;
+            steps = 300;
             rate = 1e-3;
-            windows_tested = 40;
+            windows_tested = 16;
         } else if (setting == "tiny") {  // for the tests: everything, once
             dim = 32;
             layers = 2;

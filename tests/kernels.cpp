@@ -175,7 +175,7 @@ TEST_CASE("other numbers of queries than keys") {
 
 TEST_CASE("sizes around the key blocks") {
     POLYATTN_RANDOM(random);
-    for (const index_t keys : {127, 129, 255, 257, 271, 273, 543, 545, 1087}) {
+    for (const index_t keys : {79, 81, 127, 129, 161, 255, 257, 271, 273, 543, 545, 1087}) {
         Case c{"dense", Dense{}.plan(20, keys), NoDiffusion{}.recursion(), 16, 16};
         check_case<float>(c, random);
         check_case<double>(c, random);
@@ -215,7 +215,7 @@ TEST_CASE("units of several groups share their key blocks") {
 
 TEST_CASE("one query: all ways through the keys") {
     POLYATTN_RANDOM(random);
-    for (const index_t keys : {1, 15, 16, 17, 127, 128, 129, 4096, 4097, 9000})
+    for (const index_t keys : {1, 15, 16, 17, 63, 64, 65, 129, 4096, 4097, 9000})
         for (const auto& [heads, key_heads] : {std::pair{1, 1}, std::pair{2, 1}, std::pair{3, 1}, std::pair{10, 2}, std::pair{17, 1}})
             for (const Plan& plan : {Dense{}.plan(1, keys), LocalGlobalRandom{.window = 40, .globals = std::min(keys, 9), .randoms = 5, .seed = random.seed()}.plan(1, keys)}) {
                 if (keys > 1000 && heads > 3) continue;
@@ -225,6 +225,8 @@ TEST_CASE("one query: all ways through the keys") {
                 check_case<float>(c, random, keys < 1000);
                 if (keys < 1000) check_case<double>(c, random, false);
             }
+    // More keys and values than caches hold are fetched ahead.
+    check_case<float>({"one query, far from the caches", Dense{}.plan(1, 33000), NoDiffusion{}.recursion(), 32, 32, 1, 3, 1}, random, false);
     // NaN behind the valid keys stays there; large scores and leaders far on.
     const index_t keys = 5000;
     auto q = random.tensor<float>({8, 1, 16}), k = random.tensor<float>({1, keys, 16}), v = random.tensor<float>({1, keys, 16});

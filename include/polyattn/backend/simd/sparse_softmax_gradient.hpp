@@ -171,10 +171,10 @@ public:
             for (const auto& term : terms) {
                 bad_terms.mark<A>(term.z, head_.v.rows, columns_, arena);
                 clear_masked |= bad_terms.any();
-                bad_terms.mark<A>(term.g, head_.q.rows, columns_, arena);
-                clear_masked |= bad_terms.any();
+                NonFiniteRows& bad_g = d_v ? bad_x_ : bad_terms;  // with d_v there is one term, whose g is the x of A^T
+                bad_g.mark<A>(term.g, head_.q.rows, columns_, arena);
+                clear_masked |= bad_g.any();
             }
-            if (d_v) bad_x_.template mark<A>(terms[0].g, head_.q.rows, columns_, arena);
         }
         const auto buffers = take_buffers(workers_, !stored_ || head_.dropout.drops_weights(), true);
         for (int w = 0; w < workers_.count(); ++w) {
