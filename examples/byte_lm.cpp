@@ -3,6 +3,7 @@
 // Trains one decoder (ALiBi, GELU, pre-LN, Adam) in many ways on the first nine tenths of every tenth of the text, compares them on the rest,
 // draws loss curves, and writes a little. A run that was stopped goes on from its last checkpoint in FOLDER.
 #include "chart.hpp"
+#include "program.hpp"
 
 #include <polyattn/analysis/sampling.hpp>
 #include <polyattn/nn/language_model.hpp>
@@ -11,7 +12,6 @@
 #include <polyattn/nn/subsampling.hpp>
 #include <polyattn/polyattn.hpp>
 
-#include <chrono>
 #include <cstdio>
 #include <filesystem>
 #include <fstream>
@@ -46,7 +46,7 @@ struct Settings {
         name = setting;
         if (setting == "full") {
             dim = 256;
-            layers = 6;
+            layers = 4;
             length = 1024;
             batch = 2;
             steps = 300;
@@ -140,8 +140,6 @@ std::vector<Method> methods(const Settings& s) {
 }
 
 // --- training ---
-
-double now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
 
 /// Memory of this process in MB, by /proc; 0 where there is no such thing.
 double megabytes_of(const char* kind) {

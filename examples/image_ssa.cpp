@@ -4,6 +4,7 @@
 // pixel by pixel, with causal windows of rows. Held-out accuracy and bits a pixel, single passes and ensembles; FOLDER/digits.png shows what
 // was drawn.
 #include "png.hpp"
+#include "program.hpp"
 
 #include <polyattn/nn/classifier.hpp>
 #include <polyattn/nn/language_model.hpp>
@@ -11,7 +12,6 @@
 #include <polyattn/nn/subsampling.hpp>
 #include <polyattn/polyattn.hpp>
 
-#include <chrono>
 #include <cstdio>
 #include <filesystem>
 #include <fstream>
@@ -57,8 +57,6 @@ std::pair<Digits, Digits> read_digits() {
         if (!line.starts_with("#")) (number++ % 5 == 4 ? held_out : training).add(line.at(0) - '0', line.substr(2));
     return {training, held_out};
 }
-
-double now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
 
 /// Trains any model: loss(numbers of the batch's digits, pass) does forward and backward. Returns seconds a step.
 template <class Model, class Loss>
@@ -258,20 +256,15 @@ int run(const Settings& s) {
 }  // namespace
 
 int main(int argc, char** argv) {
-    try {
-        Settings settings;
-        for (int i = 1; i < argc; ++i) {
-            const std::string argument = argv[i];
-            if (i + 1 == argc) throw std::runtime_error(argument + " needs a value");
-            const std::string value = argv[++i];
-            if (argument == "--steps") settings.steps = std::max(1, std::stoi(value));
-            else if (argument == "--folder") settings.folder = value;
-            else if (argument == "--seed") settings.seed = std::stoull(value);
-            else throw std::runtime_error("unknown option " + argument);
-        }
-        return run(settings);
-    } catch (const std::exception& error) {
-        std::cerr << "image_ssa: " << error.what() << "\n";
-        return 1;
-    }
+    Settings settings;
+    return run_program(
+        "image_ssa", argc, argv,
+        [&](const std::string& option, const std::string& value) {
+            if (option == "--steps") settings.steps = std::max(1, std::stoi(value));
+            else if (option == "--folder") settings.folder = value;
+            else if (option == "--seed") settings.seed = std::stoull(value);
+            else return false;
+            return true;
+        },
+        [&] { return run(settings); });
 }
