@@ -491,12 +491,7 @@ private:
             }
         for_each_item(offset_t{q.batch()} * q.heads(), workspace, options.workspace != nullptr, [&](offset_t item, detail::Workers& workers) {
             const auto b = static_cast<index_t>(item / q.heads()), h = static_cast<index_t>(item % q.heads());
-            auto head = make_head<T>(q, k, v, plans.of(b), bound, options, b, h, h / group);
-            // With several threads the next but one, and so on: a guess that costs nothing where it is wrong.
-            if (const offset_t later = item + worker_count(); later < offset_t{q.batch()} * q.heads()) {
-                const auto nb = static_cast<index_t>(later / q.heads()), nh = static_cast<index_t>(later % q.heads());
-                head.next = {q.head(nb, nh).data, k.head(nb, nh / group).data, v.head(nb, nh / group).data};
-            }
+            const auto head = make_head<T>(q, k, v, plans.of(b), bound, options, b, h, h / group);
             const detail::HeadResult<T> result{out.head(b, h), accumulate, logsumexp ? logsumexp + item * q.tokens() : nullptr, hops ? hops + item * lines : nullptr};
             if constexpr (std::is_same_v<Backend, Reference>) detail::reference::forward(head, result, workers);
             else detail::simd::forward<Arch>(head, result, workers);

@@ -26,7 +26,6 @@ struct Head {
     index_t query_length, key_length;  // queries and keys behind these are padding
     DropoutMask dropout;
     std::size_t weight_budget;  // bytes of stored weights
-    std::array<const T*, 3> next = {};  // q, k and v of the head that probably comes next, to fetch ahead; null: none
 };
 
 template <class T>

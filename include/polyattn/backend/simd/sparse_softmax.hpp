@@ -119,10 +119,7 @@ public:
         start_rows(v, hop, out, out_stride);
         for_each_unit([&](const Unit& unit, Scratch& scratch) {
             twice_if_masked(unit, scratch, [&](bool careful) {
-                online_weights(unit, scratch, [&](std::size_t slot, const Block& block, const Piece& piece, const T* weights) {
-                    if (!state(scratch, slot).has_out) fetch_next(unit.first + slot);
-                    accumulate(slot, block, piece, weights, x, scratch, careful);
-                });
+                online_weights(unit, scratch, [&](std::size_t slot, const Block& block, const Piece& piece, const T* weights) { accumulate(slot, block, piece, weights, x, scratch, careful); });
             });
             finish_unit(unit, scratch, wants_logsumexp);
             if (!rows_are_lanes())
@@ -326,21 +323,6 @@ protected:
         const Group& group = group_of(unit, slot);
         score_block<false, T, A>(block, head_, distances_, group, queries_of(scratch, slot), block_keys(block, piece, scratch), state(scratch, slot), weights);
         if (dropped && head_.dropout.drops_weights()) drop_weights(block, head_.dropout, group, weights);
-    }
-
-    /// Fetches a group's share of the next head, where that fits the second-level cache beside this one.
-    void fetch_next(std::size_t group) const {
-        constexpr offset_t most = (offset_t{128} << 10) / sizeof(T), line = 64 / sizeof(T);
-        const auto groups = static_cast<offset_t>(schedule_.groups().size());
-        const auto fetch = [&](const T* next, const MatrixView<const T>& like) {
-            if (!next || like.col_stride != 1 || offset_t{like.rows} * like.cols > most / 3) return;
-            const auto at = static_cast<offset_t>(group);
-            for (offset_t i = like.rows * at / groups; i < like.rows * (at + 1) / groups; ++i)
-                for (offset_t c = 0; c < like.cols; c += line) prefetch(next + i * like.row_stride + c);
-        };
-        fetch(head_.next[0], head_.q);
-        fetch(head_.next[1], head_.k);
-        fetch(head_.next[2], head_.v);
     }
 
     /// Every row is one lane of one group: nothing else adds to its sum.
