@@ -4,6 +4,7 @@
 #include <polyattn/backend/reference/attention.hpp>
 #include <polyattn/backend/simd/attention.hpp>
 #include <polyattn/backend/simd/decode.hpp>
+#include <polyattn/backend/simd/recurrent_step.hpp>
 #include <polyattn/interface/adapt.hpp>
 #include <polyattn/policy/set.hpp>
 
@@ -44,7 +45,7 @@ public:
     TensorView<const T> k() const { return view(k_, borrowed_[1]); }
     TensorView<const T> v() const { return view(v_, borrowed_[2]); }
     const Plan& plan(index_t item = 0) const { return options_.item_plans.empty() ? *options_.plan : options_.item_plans[static_cast<std::size_t>(item)]; }
-    /// [batch * heads * queries], natural log.
+    /// [batch * heads * queries], natural log. Of kernel scores: 1 / denominator, 0 for a row that is a mean, -infinity for an empty one.
     std::span<const T> logsumexp() const { return logsumexp_; }
 
 private:
@@ -58,7 +59,25 @@ private:
     CallOptions options_;  // with the plans
     std::vector<T> logsumexp_;
     std::vector<T> hops_;  // Z_1 .. Z_K: [batch * heads][K][queries][value dim]
+    std::vector<T> states_;  // of kernel scores: what the operator keeps
     std::size_t hop_count_ = 0;
+};
+
+/// What a causal kernel layer remembers of the tokens so far: sums of a fixed size for each head and hop. Made by start(), moved on by step().
+template <class T>
+class RecurrentState {
+public:
+    /// Tokens so far.
+    index_t tokens() const { return tokens_; }
+
+private:
+    template <class...>
+    friend class AttentionLayer;
+
+    std::array<index_t, 4> q_{};  // batch, heads, 1, dim
+    index_t key_heads_ = 0, value_dim_ = 0, tokens_ = 0;
+    std::vector<T> sums_;
+    Workspace workspace_;
 };
 
 /// Gradients with the shapes of q, k and v, and of the bias table (empty if the bias is not learned).
@@ -153,6 +172,7 @@ public:
     /// The same, and log(sum_j exp(score_ij)) of every query, natural log, [.., heads, queries]; -inf for a query without keys.
     template <class Q, class K, class V>
     auto with_logsumexp(const Q& q, const K& k, const V& v, const CallOptions& options = {}) const {
+        static_assert(!kernel, "polyattn: with_logsumexp() is of Softmax; kernel scores have no logarithm");
         using T = common_element<Q, K, V>;
         const detail::Adapted<T> aq(q, "q"), ak(k, "k"), av(v, "v");
         check_shapes(aq.view(), ak.view(), av.view());
@@ -202,9 +222,10 @@ public:
         saved.hop_count_ = recursion_.hops.size();
         saved.logsumexp_.resize(lines);
         saved.hops_.resize(lines * recursion_.hops.size() * static_cast<std::size_t>(av.view().dim()));
+        saved.states_.resize(static_cast<std::size_t>(offset_t{aq.view().batch()} * aq.view().heads() * state_size<T>(aq.view().dim(), av.view().dim())));
         CallOptions with_plans = saved.options_;
         with_plans.workspace = options.workspace;
-        run<T>(aq.view(), ak.view(), av.view(), detail::memory_view(out, "out"), with_plans, saved.logsumexp_.data(), saved.hops_.data(), options.accumulate);
+        run<T>(aq.view(), ak.view(), av.view(), detail::memory_view(out, "out"), with_plans, saved.logsumexp_.data(), saved.hops_.data(), options.accumulate, saved.states_.data());
     }
 
     /// Gradients of q, k, v and a learned bias from d_out = dL/dout, in tensors like d_out. `saved` must come from forward() of
@@ -235,7 +256,7 @@ public:
         require_shape(vk, k.extents, k.rank, "gradients.k");
         require_shape(vv, v.extents, v.rank, "gradients.v");
         for (const TensorView<T>& view : {vq, vk, vv}) fill_with_zeros(view);
-        const auto& bound = detail::bind_bias(bias_, q.tokens(), k.tokens());
+        const auto& bound = bind(q, k);
         std::vector<double>& d_bias = gradients.bias;
         d_bias.clear();
         if constexpr (LearnedBias<std::remove_cvref_t<decltype(bound)>>) d_bias.resize(bound.gradient_size(), 0.);
@@ -256,6 +277,7 @@ public:
                 const auto head = make_head<T>(q, k, v, saved.plan(b), bound, saved.options_, b, h, kh);
                 detail::HeadGradient<T> gradient{d.head(b, h), saved.logsumexp_.data() + line * q.tokens(),
                                                  saved.hops_.data() + line * static_cast<offset_t>(recursion_.hops.size()) * q.tokens() * v.dim(),
+                                                 saved.states_.data() + line * state_size<T>(q.dim(), v.dim()),
                                                  vq.head(b, h), vk.head(b, kh), vv.head(b, kh),
                                                  std::span<double>(bias_parts).subspan(static_cast<std::size_t>(run) * d_bias.size(), d_bias.size())};
                 detail::Workers scratch = workers.nested();
@@ -264,6 +286,49 @@ public:
             }
         });
         for (std::size_t at = 0; at < bias_parts.size(); ++at) d_bias[at % d_bias.size()] += bias_parts[at];
+    }
+
+    /// The state in front of the first token, for step().
+    template <class T>
+    RecurrentState<T> start(index_t batch, index_t heads, index_t key_heads, index_t dim, index_t value_dim) const {
+        static_assert(kernel && detail::is_causal<Pattern>() && !std::is_same_v<Backend, Reference>, "polyattn: start() and step() are of causal kernel scores: Attention<Kernel<Features>, Causal>");
+        detail::require(batch >= 0, "batch", "a number >= 0", batch);
+        detail::require(heads >= 1, "heads", "a number >= 1", heads);
+        detail::require(key_heads >= 1 && heads % key_heads == 0, "key_heads", [&] { return detail::text("a number that divides the ", heads, " heads"); }, key_heads);
+        detail::require(dim >= 1, "dim", "a head dimension >= 1", dim);
+        detail::require(value_dim >= 0, "value_dim", "a number of columns >= 0", value_dim);
+        RecurrentState<T> state;
+        state.q_ = {batch, heads, 1, dim};
+        state.key_heads_ = key_heads;
+        state.value_dim_ = value_dim;
+        state.sums_.assign(static_cast<std::size_t>(offset_t{batch} * heads * detail::simd::recurrent_size<T, Arch>(feature_count(dim), value_dim, recursion_.hops.size())), T(0));
+        return state;
+    }
+    /// The next token of every sequence: q [.., heads, 1, d], k [.., key heads, 1, d], v [.., key heads, 1, e] -> [.., heads, 1, e], what the causal
+    /// layer gives for the last of all tokens so far, up to rounding. O(f e) a head and hop, for f features, whatever came before. Throws
+    /// invalid_input. Source: Katharopoulos et al., "Transformers are RNNs" (2020), equations 16 to 20.
+    template <class T, class Q, class K, class V>
+    auto step(RecurrentState<T>& state, const Q& q, const K& k, const V& v) const {
+        static_assert(std::is_same_v<common_element<Q, K, V>, T>, "polyattn: state must have the inputs' value type");
+        const detail::Adapted<T> aq(q, "q"), ak(k, "k"), av(v, "v");
+        const TensorView<const T> vq = aq.view(), vk = ak.view(), vv = av.view();
+        check_shapes(vq, vk, vv);
+        require_shape(vq, state.q_, vq.rank, "q");
+        require_shape(vk, {state.q_[0], state.key_heads_, 1, state.q_[3]}, vk.rank, "k");
+        require_shape(vv, {state.q_[0], state.key_heads_, 1, state.value_dim_}, vv.rank, "v");
+        auto out = detail::make_result<Q, T>(detail::shape_like(vq, {1, vv.dim()}));
+        const TensorView<T> to = memory_of(out);
+        const auto& bound = bind(vq, vk);
+        const Plan plan = pattern_.plan(1, 1);
+        const index_t heads = vq.heads(), group = heads / state.key_heads_;
+        const offset_t size = detail::simd::recurrent_size<T, Arch>(feature_count(vq.dim()), vv.dim(), recursion_.hops.size());
+        ++state.tokens_;
+        for_each_item(offset_t{vq.batch()} * heads, state.workspace_, true, [&](offset_t item, detail::Workers& workers) {
+            const auto b = static_cast<index_t>(item / heads), h = static_cast<index_t>(item % heads);
+            const auto head = make_head<T>(vq, vk, vv, plan, bound, {}, b, h, h / group);
+            detail::simd::recurrent_step<Arch>(head, state.tokens_, state.sums_.data() + item * size, to.head(b, h), workers[0]);
+        });
+        return out;
     }
 
     /// Does all the checks of operator() on the same arguments and returns the options with the plans that it would use. Throws invalid_input.
@@ -279,6 +344,7 @@ public:
 
 private:
     static constexpr bool samples = !std::is_same_v<Sampler, AllSources>;
+    static constexpr bool kernel = detail::is_kernel<Score>;
     template <class B>
     struct arch_of {
         using type = void;
@@ -430,17 +496,47 @@ private:
         check_lengths(options.key_lengths, q.batch(), k.tokens(), "key_lengths");
         check_lengths(options.query_lengths, q.batch(), q.tokens(), "query_lengths");
         options.dropout.validate();
+        if constexpr (kernel) {
+            detail::require(options.dropout.weights == 0, "dropout.weights", "0 with kernel scores, whose weights are never formed", options.dropout.weights);
+            if (options.plan && options.plan->queries() == q.tokens() && options.plan->keys() == k.tokens())
+                detail::require(options.plan->count() == plan(q.tokens(), k.tokens()).count(), "plan", "none with kernel scores, or the pattern's own", "one of other pairs");
+            detail::require(options.item_plans.empty(), "item_plans", "none with kernel scores", options.item_plans.size());
+        }
         return plans_for(options, q.batch(), q.tokens(), k.tokens());
     }
 
+    /// What a score needs beside a head's q, k and v: the bound bias, or the bound feature map.
+    template <class T>
+    decltype(auto) bind(const TensorView<const T>& q, const TensorView<const T>& k) const {
+        if constexpr (kernel) return detail::bind_features(score_.features, q.dim());
+        else return detail::bind_bias(bias_, q.tokens(), k.tokens());
+    }
     template <class T, class Bound>
-    detail::Head<T, Bound> make_head(const TensorView<const T>& q, const TensorView<const T>& k, const TensorView<const T>& v, const Plan& plan, const Bound& bound,
-                                     const CallOptions& options, index_t b, index_t h, index_t kh) const {
+    auto make_head(const TensorView<const T>& q, const TensorView<const T>& k, const TensorView<const T>& v, const Plan& plan, const Bound& bound, const CallOptions& options,
+                   index_t b, index_t h, index_t kh) const {
         const auto item = static_cast<std::size_t>(b);
         const index_t keys = options.key_lengths.empty() ? k.tokens() : options.key_lengths[item];
         const index_t queries = !options.query_lengths.empty() ? options.query_lengths[item] : q.tokens() == k.tokens() ? keys : q.tokens();
-        return {q.head(b, h), k.head(b, kh), v.head(b, kh), &plan, &recursion_, &bound, score_.factor(q.dim()), b, h, queries, keys,
-                detail::DropoutMask(options.dropout, options.draw, offset_t{b} * q.heads() + h), options.weight_budget};
+        const detail::DropoutMask dropout(options.dropout, options.draw, offset_t{b} * q.heads() + h);
+        if constexpr (kernel) {
+            const detail::ZeroRow zero = detail::zero_row(score_, !std::is_same_v<Diffusion, NoDiffusion>);
+            return detail::KernelHead<T, Bound>{q.head(b, h), k.head(b, kh), v.head(b, kh), &plan, &recursion_, &bound, zero, detail::epsilon_of(score_, zero),
+                                                detail::is_causal<Pattern>(), b, h, queries, keys, dropout};
+        } else
+            return detail::Head<T, Bound>{q.head(b, h), k.head(b, kh), v.head(b, kh), &plan, &recursion_, &bound, score_.factor(q.dim()), b, h, queries, keys, dropout,
+                                          options.weight_budget};
+    }
+    /// Numbers that the operator of a head keeps for backward.
+    template <class T>
+    offset_t state_size([[maybe_unused]] index_t dim, [[maybe_unused]] index_t value_dim) const {
+        if constexpr (kernel && !std::is_same_v<Backend, Reference>) {
+            using Bound = decltype(detail::bind_features(score_.features, dim));
+            return detail::simd::KernelAttention<T, Arch, Bound>::state_size(feature_count(dim), value_dim, recursion_.hops.size(), detail::is_causal<Pattern>());
+        } else return 0;
+    }
+    index_t feature_count(index_t dim) const {
+        if constexpr (requires { score_.features.count(dim); }) return score_.features.count(dim);
+        else return dim;
     }
 
     /// f(item, workers): items side by side, or, when there are fewer than threads, one after the other with all threads inside.
@@ -463,15 +559,16 @@ private:
 
     template <class T>
     void run(const TensorView<const T>& q, const TensorView<const T>& k, const TensorView<const T>& v, const TensorView<T>& out, const CallOptions& options, T* logsumexp,
-             T* hops, bool accumulate) const {
+             T* hops, bool accumulate, T* states = nullptr) const {
         const Plans plans = check<T>(q, k, v, options);
         require_shape(out, {q.extents[0], q.extents[1], q.extents[2], v.extents[3]}, q.rank, "out");
-        const auto& bound = detail::bind_bias(bias_, q.tokens(), k.tokens());
+        const auto& bound = bind(q, k);
         Workspace own;
         Workspace& workspace = options.workspace ? *options.workspace : own;
         const index_t group = k.heads() == 0 ? 0 : q.heads() / k.heads();
+        const offset_t states_of_head = states ? state_size<T>(q.dim(), v.dim()) : 0;
         const auto lines = static_cast<offset_t>(recursion_.hops.size()) * q.tokens() * v.dim();
-        if constexpr (!std::is_same_v<Backend, Reference>)
+        if constexpr (!std::is_same_v<Backend, Reference> && !kernel)
             if (q.tokens() == 1 && group > 0 && plans.items.empty() && detail::simd::is_decoding(make_head<T>(q, k, v, *plans.shared, bound, options, 0, 0, 0))) {
                 // Heads that share keys read them once.
                 for_each_item(offset_t{k.batch()} * k.heads(), workspace, options.workspace != nullptr, [&](offset_t item, detail::Workers& workers) {
@@ -483,7 +580,7 @@ private:
                         const index_t h = kh * group + m;
                         const offset_t line = offset_t{b} * q.heads() + h;
                         heads[static_cast<std::size_t>(m)] = make_head<T>(q, k, v, plans.of(b), bound, options, b, h, kh);
-                        results[static_cast<std::size_t>(m)] = {out.head(b, h), accumulate, logsumexp ? logsumexp + line : nullptr, hops ? hops + line * lines : nullptr};
+                        results[static_cast<std::size_t>(m)] = {out.head(b, h), accumulate, logsumexp ? logsumexp + line : nullptr, hops ? hops + line * lines : nullptr, nullptr};
                     }
                     detail::simd::decode<Arch>(std::span<const Head>(heads), std::span<const detail::HeadResult<T>>(results), workers);
                 });
@@ -492,7 +589,8 @@ private:
         for_each_item(offset_t{q.batch()} * q.heads(), workspace, options.workspace != nullptr, [&](offset_t item, detail::Workers& workers) {
             const auto b = static_cast<index_t>(item / q.heads()), h = static_cast<index_t>(item % q.heads());
             const auto head = make_head<T>(q, k, v, plans.of(b), bound, options, b, h, h / group);
-            const detail::HeadResult<T> result{out.head(b, h), accumulate, logsumexp ? logsumexp + item * q.tokens() : nullptr, hops ? hops + item * lines : nullptr};
+            const detail::HeadResult<T> result{out.head(b, h), accumulate, logsumexp ? logsumexp + item * q.tokens() : nullptr, hops ? hops + item * lines : nullptr,
+                                               states ? states + item * states_of_head : nullptr};
             if constexpr (std::is_same_v<Backend, Reference>) detail::reference::forward(head, result, workers);
             else detail::simd::forward<Arch>(head, result, workers);
         });
@@ -550,7 +648,10 @@ class Attention : public detail::layer_or_stub<Ps...>::type {
     static_assert(!detail::is_causal<typename Set::Pattern>() || detail::has_causal_form<typename Set::Sampler>(),
                   "polyattn::Attention: this SamplerPolicy has no causal form (early queries would be left without keys); use LocallyBiased<L>{.sigma = infinite_sigma}");
     static_assert(DiffusionPolicy<typename Set::Diffusion>, "polyattn::Attention: a DiffusionPolicy needs `Recursion recursion() const`");
-    static_assert(std::same_as<typename Set::Score, Softmax>, "polyattn::Attention: the ScorePolicy must be Softmax");
+    static_assert(Set::known_score, "polyattn::Attention: the ScorePolicy must be Softmax or Kernel<Features, Denominator>");
+    static_assert(!Set::kernel || Set::kernel_pattern, "polyattn::Attention: Kernel scores see all keys, or with Causal all earlier ones; other patterns and samplers need Softmax");
+    static_assert(!Set::kernel || std::same_as<typename Set::Bias, NoBias>, "polyattn::Attention: Kernel scores take no BiasPolicy; use Softmax");
+    static_assert(!Set::diffuses_epsilon, "polyattn::Attention: with AddEpsilon rows do not sum to 1, so a DiffusionPolicy needs Kernel<Features, ExactOrMean>");
     static_assert(BiasPolicy<typename Set::Bias>, "polyattn::Attention: a BiasPolicy needs `double operator()(index_t batch, index_t head, index_t query, index_t key) const`");
     static_assert(detail::is_backend<typename Set::Backend>, "polyattn::Attention: the backend must be Reference or Simd<>");
 

@@ -52,6 +52,15 @@ int main() {
     Attention<BiasWithoutCall> attention;
 #elif defined(CASE_foreign_score)
     Attention<ForeignScore> attention;
+#elif defined(CASE_kernel_on_windows)
+    Attention<Kernel<ReLU>, SlidingWindow> attention;
+#elif defined(CASE_kernel_with_bias)
+    Attention attention{Kernel<ReLU>{}, Alibi(1)};
+#elif defined(CASE_epsilon_with_diffusion)
+    Attention<Kernel<EluPlusOne, AddEpsilon>, PPR<2>> attention;
+#elif defined(CASE_recurrent_without_causal)
+    Attention<Kernel<ReLU>> attention;
+    attention.start<float>(1, 1, 1, 4, 4);
 #elif defined(CASE_foreign_backend)
     Attention<ForeignBackend> attention;
 #elif defined(CASE_sampler_without_causal_form)

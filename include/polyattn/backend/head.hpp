@@ -7,6 +7,7 @@
 #include <polyattn/plan/plan.hpp>
 #include <polyattn/policy/bias/concept.hpp>
 #include <polyattn/policy/diffusion/concept.hpp>
+#include <polyattn/policy/score/kernel.hpp>
 
 #include <bit>
 
@@ -28,12 +29,28 @@ struct Head {
     std::size_t weight_budget;  // bytes of stored weights
 };
 
+/// The same for kernel scores. Queries see all keys, or, causal, those up to their own position.
+template <class T, class Features>
+struct KernelHead {
+    MatrixView<const T> q, k, v;
+    const Plan* plan;
+    const Recursion* recursion;
+    const Features* features;  // bound
+    ZeroRow zero;
+    double epsilon;
+    bool causal;
+    index_t batch, head;
+    index_t query_length, key_length;
+    DropoutMask dropout;
+};
+
 template <class T>
 struct HeadResult {
     MatrixView<T> out;
     bool accumulate = false;   // add to what `out` holds
     T* logsumexp = nullptr;    // [queries], natural log; -inf for a row without keys
     T* hops = nullptr;         // Z_1 .. Z_K, [K][queries][value dim], for backward
+    T* states = nullptr;       // what the operator itself keeps for backward
 };
 
 /// What the forward pass saved, and where gradients are added. Contiguous rows throughout.
@@ -42,6 +59,7 @@ struct HeadGradient {
     MatrixView<const T> d_out;
     const T* logsumexp;
     const T* hops;
+    const T* states;
     MatrixView<T> d_q, d_k, d_v;     // added to
     std::span<double> bias_gradient;  // added to; empty if the bias is not learned
 };

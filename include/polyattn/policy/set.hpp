@@ -6,6 +6,7 @@
 #include <polyattn/policy/diffusion/diffusion.hpp>
 #include <polyattn/policy/pattern/dense.hpp>
 #include <polyattn/policy/sampler/concept.hpp>
+#include <polyattn/policy/score/kernel.hpp>
 #include <polyattn/policy/score/softmax.hpp>
 
 #include <tuple>
@@ -38,6 +39,11 @@ inline constexpr bool is_backend<Reference> = true;
 template <class A>
 inline constexpr bool is_backend<Simd<A>> = true;
 
+template <class D>
+inline constexpr bool adds_epsilon = false;
+template <class F>
+inline constexpr bool adds_epsilon<Kernel<F, AddEpsilon>> = true;
+
 template <class... Ps>
 struct PolicySet {
     using Pattern = typename select_kind<sparsity_pattern_kind, Dense, Ps...>::type;
@@ -52,9 +58,13 @@ struct PolicySet {
     static constexpr bool at_most_one = count_of_kind<Kind, Ps...> <= 1;
     static constexpr bool no_repeats = at_most_one<sparsity_pattern_kind> && at_most_one<sampler_kind> && at_most_one<diffusion_kind> &&
                                        at_most_one<score_kind> && at_most_one<bias_kind> && at_most_one<backend_kind>;
-    static constexpr bool complete = SparsityPattern<Pattern> && SamplerPolicy<Sampler> && DiffusionPolicy<Diffusion> &&
-                                     std::same_as<Score, Softmax> && BiasPolicy<Bias> && is_backend<Backend>;
-    static constexpr bool fits = !detail::is_causal<Pattern>() || detail::has_causal_form<Sampler>();
+    static constexpr bool kernel = is_kernel<Score>;
+    static constexpr bool known_score = kernel || std::same_as<Score, Softmax>;
+    static constexpr bool complete = SparsityPattern<Pattern> && SamplerPolicy<Sampler> && DiffusionPolicy<Diffusion> && known_score && BiasPolicy<Bias> && is_backend<Backend>;
+    static constexpr bool kernel_pattern = (std::same_as<Pattern, Dense> || std::same_as<Pattern, Causal>) && std::same_as<Sampler, AllSources>;
+    static constexpr bool diffuses_epsilon = adds_epsilon<Score> && !std::same_as<Diffusion, NoDiffusion>;
+    static constexpr bool fits = (!detail::is_causal<Pattern>() || detail::has_causal_form<Sampler>()) &&
+                                 (!kernel || (kernel_pattern && std::same_as<Bias, NoBias> && !diffuses_epsilon));
     static constexpr bool valid = fits && policies_only && no_repeats && complete;
 };
 

@@ -1,7 +1,7 @@
 #pragma once
-// One head, forward and backward: the operator of sparse_softmax.hpp and the recursion of the diffusion policy.
+// One head, forward and backward: an operator, of sparse_softmax.hpp or kernel_attention.hpp, and the recursion of the diffusion policy.
 
-#include <polyattn/backend/simd/sparse_softmax_gradient.hpp>
+#include <polyattn/backend/simd/kernel_attention_gradient.hpp>
 
 POLYATTN_BEGIN_NAMESPACE
 
@@ -31,13 +31,28 @@ void store_row(MatrixView<T> out, index_t i, const T* from, bool accumulate) {
     for (index_t c = 0; c < out.cols; ++c) out(i, c) = accumulate ? out(i, c) + from[c] : from[c];
 }
 
+/// The operators of a kind of head.
+template <class A, class Head>
+struct operators_of;
 template <class A, class T, class Bias>
-void forward(const Head<T, Bias>& head, const HeadResult<T>& result, Workers& workers) {
+struct operators_of<A, Head<T, Bias>> {
+    using Forward = SparseSoftmax<T, A, Bias>;
+    using Backward = SparseSoftmaxGradient<T, A, Bias>;
+};
+template <class A, class T, class Features>
+struct operators_of<A, KernelHead<T, Features>> {
+    using Forward = KernelAttention<T, A, Features>;
+    using Backward = KernelAttentionGradient<T, A, Features>;
+};
+
+template <class A, class AnyHead, class T>
+void forward(const AnyHead& head, const HeadResult<T>& result, Workers& workers) {
     constexpr int width = lanes<T, A>;
     const auto& hops = head.recursion->hops;
     const index_t rows = head.q.rows, dim = head.v.cols;
     Arena& arena = workers[0];
-    SparseSoftmax<T, A, Bias> attention(head, workers);
+    typename operators_of<A, AnyHead>::Forward attention(head, workers);
+    if constexpr (requires { attention.keep_states(result.states); }) attention.keep_states(result.states);
     const index_t columns = attention.columns();
     const Rows<T> v = readable_rows(head.v, true, width, arena);
     const bool once = hops.size() == 1 && !attention.has_shared_rows();
@@ -80,8 +95,8 @@ void forward(const Head<T, Bias>& head, const HeadResult<T>& result, Workers& wo
 
 /// G_K = dOut; G_k = walk A^T G_{k+1}; dV = start G_0 + sum teleport G_{k+1}; dL/dA_ij = sum_k walk G_{k+1}[i] . Z_k[j].
 /// The softmax's row sums come without a pass over the pairs: sum_j A_ij dL/dA_ij = sum_k G_{k+1}[i] . (Z_{k+1}[i] - teleport V[i]).
-template <class A, class T, class Bias>
-void backward(const Head<T, Bias>& head, const HeadGradient<T>& gradient, Workers& workers) {
+template <class A, class AnyHead, class T>
+void backward(const AnyHead& head, const HeadGradient<T>& gradient, Workers& workers) {
     constexpr int width = lanes<T, A>;
     const auto& hops = head.recursion->hops;
     const auto count = hops.size();
@@ -93,7 +108,7 @@ void backward(const Head<T, Bias>& head, const HeadGradient<T>& gradient, Worker
             for (index_t c = 0; c < dim; ++c) gradient.d_v(i, c) += static_cast<T>(start) * gradient.d_out(i, c);
         return;
     }
-    SparseSoftmaxGradient<T, A, Bias> attention(head, gradient.logsumexp, count > 1, workers);
+    typename operators_of<A, AnyHead>::Backward attention(head, gradient, count > 1, workers);
     const index_t columns = attention.columns();
     const Rows<T> v = readable_rows(head.v, true, width, arena);
 

@@ -6,6 +6,9 @@ POLYATTN_BEGIN_NAMESPACE
 
 namespace detail::simd {
 
+inline constexpr double log2_e = 1.4426950408889634074;
+inline constexpr double ln_2 = 0.69314718055994530942;
+
 // Minimax polynomials of 2^f (relative error, Remez exchange): float on [0, 1), 7.5e-8; double on [-1/2, 1/2], 3.1e-18.
 template <class T>
 inline constexpr T exp2_coefficients[1] = {};

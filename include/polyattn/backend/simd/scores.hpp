@@ -10,9 +10,6 @@ POLYATTN_BEGIN_NAMESPACE
 
 namespace detail::simd {
 
-inline constexpr double log2_e = 1.4426950408889634074;
-inline constexpr double ln_2 = 0.69314718055994530942;
-
 /// A score may exceed its row's reference by 2^raise_above before the reference is raised: rescaling at each new maximum is slow.
 template <class T>
 inline constexpr T raise_above = 24;

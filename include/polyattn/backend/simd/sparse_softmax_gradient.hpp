@@ -96,7 +96,8 @@ public:
     using Tiles = typename Base::Tiles;
 
     /// Weights from the logsumexp that the forward pass saved. `keep`: A^T is applied several times, so weights are stored.
-    SparseSoftmaxGradient(const Head<T, Bias>& head, const T* logsumexp, bool keep, const Workers& workers) : Base(head, workers) {
+    SparseSoftmaxGradient(const Head<T, Bias>& head, const HeadGradient<T>& gradient, bool keep, const Workers& workers) : Base(head, workers) {
+        const T* const logsumexp = gradient.logsumexp;
         if (keep) this->choose_storage();
         for (index_t i = 0; i < head.q.rows; ++i) {
             alive_[static_cast<std::size_t>(i)] = i < head.query_length && !is_empty_row(logsumexp[i]);

@@ -1,6 +1,6 @@
 #pragma once
-// The dense micro-kernels, in registers. Every dense flop of forward and backward is done by one of these three, but for single
-// queries (decode.hpp).
+// The dense micro-kernels, in registers. Every dense flop of forward and backward is done by one of these, but for single queries
+// (decode.hpp).
 
 #include <polyattn/backend/simd/rows.hpp>
 #include <polyattn/backend/simd/schedule.hpp>
@@ -52,10 +52,10 @@ POLYATTN_ALWAYS_INLINE void score_tile(TileScores<T, A, M>& acc, const T* keys, 
     }
 }
 
-/// out[row][columns] (+)= sum over keys of weights[key][row] * x[key][columns], M rows x N vectors. Weights lie 16 queries a key.
+/// out[row][columns] (+)= sum over keys of weights[key][row] * x[key][columns], M rows x N vectors. Weights of attention lie 16 queries a key.
 template <int M, int N, class T, class A>
 POLYATTN_ALWAYS_INLINE void weighted_sum_tile(const T* weights, const T* x, std::ptrdiff_t x_stride, index_t keys, T* out,
-                                              std::ptrdiff_t out_stride, bool add) {
+                                              std::ptrdiff_t out_stride, bool add, std::ptrdiff_t weight_stride = group_size) {
     using V = Vec<T, A>;
     constexpr int lanes = Tiling<T, A>::lanes;
     V acc[M * N];
@@ -65,10 +65,25 @@ POLYATTN_ALWAYS_INLINE void weighted_sum_tile(const T* weights, const T* x, std:
         V row[N];
         expand<N>([&]<int... I>(Ints<I...>) POLYATTN_INLINE_LAMBDA { ((row[I] = in_register<T, A>(V::load_unaligned(x + I * lanes))), ...); });
         expand<M * N>([&]<int... I>(Ints<I...>) POLYATTN_INLINE_LAMBDA { ((acc[I] = multiply_add(V(weights[I / N]), row[I % N], acc[I])), ...); });
-        weights += group_size;
+        weights += weight_stride;
         x += x_stride;
     }
     expand<M * N>([&]<int... I>(Ints<I...>) POLYATTN_INLINE_LAMBDA { (acc[I].store_unaligned(out + I / N * out_stride + I % N * lanes), ...); });
+}
+
+/// acc[row][columns] += sum over t of a[row][t] * x[t][columns], M rows as they are stored x N vectors.
+template <int M, int N, class T, class A>
+POLYATTN_ALWAYS_INLINE void row_sum_tile(Vec<T, A> (&acc)[M * N], const T* a, std::ptrdiff_t a_stride, const T* x, std::ptrdiff_t x_stride, index_t inner) {
+    using V = Vec<T, A>;
+    constexpr int lanes = Tiling<T, A>::lanes;
+    const T* const base[4] = {a, a + a_stride, a + 2 * a_stride, a + 3 * a_stride};
+    const std::ptrdiff_t four = 4 * a_stride;
+    for (index_t t = 0; t < inner; ++t) {
+        V row[N];
+        expand<N>([&]<int... I>(Ints<I...>) POLYATTN_INLINE_LAMBDA { ((row[I] = in_register<T, A>(V::load_unaligned(x + I * lanes))), ...); });
+        expand<M * N>([&]<int... I>(Ints<I...>) POLYATTN_INLINE_LAMBDA { ((acc[I] = multiply_add(V(base[I / N % 4][I / N / 4 * four + t]), row[I % N], acc[I])), ...); });
+        x += x_stride;
+    }
 }
 
 /// The weights of one group that a transposed sum reads, and the rows that they multiply.

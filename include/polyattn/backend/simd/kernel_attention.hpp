@@ -1,0 +1,309 @@
+#pragma once
+// The kernel attention operator of one head, A = D^-1 phi(Q) phi(K)^T, and its adjoint: what sparse_softmax.hpp offers, without a pair formed.
+// Sources: Katharopoulos et al., "Transformers are RNNs" (2020), equations 4 to 12 and the gradients of its appendix; AdaMRA (2021).
+
+#include <polyattn/backend/simd/edges.hpp>
+#include <polyattn/backend/simd/feature_rows.hpp>
+
+POLYATTN_BEGIN_NAMESPACE
+
+namespace detail::simd {
+
+/// to[features][columns] += phi^T z over `count` rows: phi [count][stride], z [count][..].
+template <class T, class A>
+POLYATTN_NOINLINE void outer_sum(const T* phi, std::ptrdiff_t stride, index_t features, Rows<T> z, index_t first, index_t count, index_t columns, T* to) {
+    using K = Tiling<T, A>;
+    for_column_panels<K::columns, K::lanes>(columns, [&](auto width, index_t column) POLYATTN_INLINE_LAMBDA {
+        for_each_key_tile<K::rows>(features, [&](auto height, index_t f) POLYATTN_INLINE_LAMBDA {
+            weighted_sum_tile<height, width, T, A>(phi + f, z.row(first) + column, z.stride, count, to + offset_t{f} * columns + column, columns, true, stride);
+        });
+    });
+}
+
+/// out[r][columns] (+)= sum over t of a[r][t] x[t][columns], where t <= r if `lower`, else r <= t < inner. Entries of a on the other side are zeros;
+/// they meet no x if `careful`.
+template <bool lower, class T, class A>
+POLYATTN_NOINLINE void triangle_product(const T* a, std::ptrdiff_t a_stride, index_t rows, index_t inner, Rows<T> x, index_t first, index_t columns, T* out, std::ptrdiff_t out_stride,
+                                        bool add, bool careful) {
+    using V = Vec<T, A>;
+    using K = Tiling<T, A>;
+    for_column_panels<K::columns, K::lanes>(columns, [&](auto width, index_t column) POLYATTN_INLINE_LAMBDA {
+        const auto tile = [&](auto height, index_t row) POLYATTN_INLINE_LAMBDA {
+            constexpr int M = height, N = width;
+            const index_t from = lower ? 0 : std::min(row, inner), to = lower ? std::min<index_t>(row + M, inner) : inner;
+            V acc[M * N];
+            T* const at = out + row * out_stride + column;
+            if (add) expand<M * N>([&]<int... I>(Ints<I...>) POLYATTN_INLINE_LAMBDA { ((acc[I] = V::load_unaligned(at + I / N * out_stride + I % N * K::lanes)), ...); });
+            else expand<M * N>([&]<int... I>(Ints<I...>) POLYATTN_INLINE_LAMBDA { ((acc[I] = V(T(0))), ...); });
+            row_sum_tile<M, N, T, A>(acc, a + row * a_stride + from, a_stride, x.row(first + from) + column, x.stride, to - from);
+            expand<M * N>([&]<int... I>(Ints<I...>) POLYATTN_INLINE_LAMBDA { (acc[I].store_unaligned(at + I / N * out_stride + I % N * K::lanes), ...); });
+        };
+        if (careful)
+            for (index_t row = 0; row < rows; ++row) tile(std::integral_constant<int, 1>{}, row);
+        else for_each_key_tile<K::rows>(rows, tile);
+    });
+}
+
+/// to[columns][stride] = from[rows][columns]^T.
+template <class T, class A>
+void transpose_rows(const T* from, std::ptrdiff_t from_stride, index_t rows, index_t columns, T* to, std::ptrdiff_t stride) {
+    constexpr int width = lanes<T, A>;
+    index_t i = 0;
+    for (; i + width <= rows; i += width) {
+        index_t c = 0;
+        for (; c + width <= columns; c += width)
+            transpose_block<T, A>([&](auto r) POLYATTN_INLINE_LAMBDA { return Vec<T, A>::load_unaligned(from + (i + r) * from_stride + c); }, to + c * stride + i, stride);
+        for (; c < columns; ++c)
+            for (index_t r = 0; r < width; ++r) to[c * stride + i + r] = from[(i + r) * from_stride + c];
+    }
+    for (; i < rows; ++i)
+        for (index_t c = 0; c < columns; ++c) to[c * stride + i] = from[i * from_stride + c];
+}
+
+/// dots[i] = rows[i] . x over whole vectors.
+template <class T, class A>
+void row_dots(const T* rows, std::ptrdiff_t stride, index_t count, const T* x, index_t columns, T* dots) {
+    using V = Vec<T, A>;
+    constexpr int width = lanes<T, A>;
+    index_t i = 0;
+    for (; i + width <= count; i += width) {
+        PerLane<T, A> sums;
+        expand<width>([&]<int... L>(Ints<L...>) POLYATTN_INLINE_LAMBDA {
+            ((sums[L] = V(T(0))), ...);
+            for (index_t c = 0; c < columns; c += width) {
+                const V y = V::load_aligned(x + c);
+                ((sums[L] = multiply_add(V::load_aligned(rows + (i + L) * stride + c), y, sums[L])), ...);
+            }
+        });
+        lane_sums<T, A>(sums).store_unaligned(dots + i);
+    }
+    for (; i < count; ++i) dots[i] = dot<T, A>(rows + i * stride, x, columns);
+}
+
+/// Rows of the operator, of any number of Z. Sums over keys are made of chunks of a fixed size, added in order: the same bits for any
+/// number of threads. Causal heads are one scan, on one thread.
+template <class T, class A, class Features>
+class KernelAttention {
+protected:
+    using V = Vec<T, A>;
+    static constexpr int width = lanes<T, A>;
+    static constexpr index_t block = 64;         // rows of features at a time
+    static constexpr index_t causal_block = 32;  // rows of a causal triangle
+    static constexpr index_t chunk = 2048;       // rows of one partial sum
+
+public:
+    KernelAttention(const KernelHead<T, Features>& head, const Workers& workers)
+        : head_(head), workers_(workers), q_(readable_rows(head.q, false, width, workers[0])), k_(readable_rows(head.k, false, width, workers[0])), features_(head, workers[0]),
+          columns_(padded(head.v.cols, width)), f_(features_.columns()) {
+        scratch_ = workers[0].template take<Scratch>(workers.count());
+        for (int w = 0; w < workers.count(); ++w) {
+            Arena& arena = workers[w];
+            Scratch& scratch = scratch_[static_cast<std::size_t>(w)];
+            for (T** rows : {&scratch.phi, &scratch.other, &scratch.d_phi, &scratch.rows}) *rows = arena.take<T>(offset_t{block} * widest()).data();
+            scratch.triangle = arena.take<T>(offset_t{causal_block} * causal_block).data();
+            scratch.numbers = arena.take<T>(block).data();
+        }
+        inverse_ = workers[0].template take<T>(head.q.rows);
+        sums_ = workers[0].template take<T>(f_).data();
+        mean_ = workers[0].template take<T>(columns_).data();
+        if (features_.shifts_keys && !head.causal) {
+            T highest = std::numeric_limits<T>::lowest();
+            for (index_t j = 0; j < head.key_length; j += block) highest = std::max(highest, features_.highest_exponent(k_, j, std::min(block, head.key_length - j), scratch_[0].phi));
+            features_.shift_keys_by(highest);
+        }
+    }
+
+    /// Value columns, padded to whole vectors.
+    index_t columns() const { return columns_; }
+    bool has_shared_rows() const { return false; }
+    void prepare(bool) {}
+
+    /// Numbers that backward wants to find again: the sums phi(K)^T Z_k of each hop, and phi(K)^T 1. None for causal heads.
+    static offset_t state_size(index_t features, index_t value_columns, std::size_t hops, bool causal) {
+        return causal ? 0 : offset_t{features} * padded(value_columns, width) * static_cast<offset_t>(hops) + padded(features, width);
+    }
+    void keep_states(T* states) { states_ = states; }
+
+    void apply_once(Rows<T> z, Rows<T> v, const Hop& hop, T* out, std::ptrdiff_t out_stride, bool) { apply(z, v, hop, out, out_stride, false, false); }
+    /// out = walk A z + teleport v; rows that are not alive become 0.
+    void apply(Rows<T> z, Rows<T> v, const Hop& hop, T* out, std::ptrdiff_t out_stride, bool, bool) {
+        if (head_.causal) return scan(z, v, hop, out, out_stride);
+        if (!states_ && !state_) state_ = workers_[0].template take<T>(offset_t{features_.count()} * columns_).data();
+        T* const state = states_ ? states_ + offset_t{features_.count()} * columns_ * hop_++ : state_;
+        sum_keys(z, state);
+        if (states_) std::copy_n(sums_, f_, states_ + offset_t{features_.count()} * columns_ * static_cast<offset_t>(head_.recursion->hops.size()));
+        parallel_for((head_.q.rows + block - 1) / block, [&](offset_t unit, int worker) {
+            const Scratch& scratch = scratch_of(worker);
+            const auto first = static_cast<index_t>(unit) * block, count = std::min(block, head_.q.rows - first), valid = std::clamp(head_.query_length - first, index_t{0}, count);
+            features_.template forward<true>(q_, first, valid, scratch.phi);
+            row_dots<T, A>(scratch.phi, f_, valid, sums_, f_, scratch.numbers);
+            for (index_t i = 0; i < count; ++i) set_inverse(first + i, scratch.numbers[i], head_.key_length);
+            for (index_t i = 0; i < valid; ++i) scratch.numbers[i] = static_cast<T>(hop.walk) * factor(first + i);
+            row_product<T, A>(scratch.phi, f_, valid, features_.count(), state, columns_, columns_, out + first * out_stride, out_stride, scratch.numbers, false);
+            for (index_t i = first; i < first + count; ++i) finish_row(i, mean_, v, hop, out + i * out_stride);
+        });
+    }
+
+    /// 1 / denominator; 0 of a row that is a mean; -infinity of an empty one.
+    T logsumexp(index_t i) const { return inverse_[static_cast<std::size_t>(i)]; }
+
+protected:
+    struct Scratch {
+        T *phi, *other, *d_phi, *rows, *triangle, *numbers;
+    };
+    const Scratch& scratch_of(int worker) const { return scratch_[static_cast<std::size_t>(worker)]; }
+    index_t widest() const { return std::max({f_, columns_, padded(head_.q.cols, width)}); }
+    index_t offset() const { return head_.k.rows - head_.q.rows; }
+    /// Keys in front of the first causal block, which starts at the first position that a query stands at.
+    index_t first_position() const { return std::max(offset(), index_t{0}); }
+
+    void set_inverse(index_t i, T sum, index_t visible) {
+        T& inverse = inverse_[static_cast<std::size_t>(i)];
+        const T denominator = sum + static_cast<T>(head_.epsilon);
+        if (i >= head_.query_length || visible <= 0 || (denominator == 0 && head_.zero != ZeroRow::mean)) inverse = empty_row<T>();
+        else inverse = denominator == 0 ? T(0) : 1 / denominator;
+    }
+    /// What a row's sum is multiplied by: nothing of a row that is a mean or empty.
+    T factor(index_t i) const {
+        const T inverse = inverse_[static_cast<std::size_t>(i)];
+        return is_empty_row(inverse) ? T(0) : inverse;
+    }
+    bool is_mean(index_t i) const { return inverse_[static_cast<std::size_t>(i)] == 0; }
+
+    void finish_row(index_t i, const T* mean, Rows<T> v, const Hop& hop, T* to) const {
+        if (i >= head_.query_length || is_empty_row(inverse_[static_cast<std::size_t>(i)])) {
+            std::fill_n(to, columns_, T(0));
+            return;
+        }
+        if (is_mean(i)) scale_row<T, A>(mean, static_cast<T>(hop.walk), columns_, to);
+        if (hop.teleport != 0) add_scaled<T, A>(static_cast<T>(hop.teleport), v.row(i), columns_, to);
+    }
+
+    /// state = phi(K)^T z, sums_ = phi(K)^T 1, mean_ = the mean of z.
+    void sum_keys(Rows<T> z, T* state) {
+        const index_t keys = head_.key_length, features = features_.count();
+        const offset_t size = offset_t{features} * columns_ + f_ + columns_, chunks = std::max<offset_t>(1, (offset_t{keys} + chunk - 1) / chunk);
+        const Arena::Mark mark = workers_[0].mark();
+        T* const parts = workers_[0].template take<T>(size * chunks).data();
+        parallel_for(chunks, [&](offset_t c, int worker) {
+            const Scratch& scratch = scratch_of(worker);
+            T *const part = parts + c * size, *const sums = part + offset_t{features} * columns_, *const mean = sums + f_;
+            std::fill_n(part, size, T(0));
+            const auto last = static_cast<index_t>(std::min<offset_t>(keys, (c + 1) * chunk));
+            for (auto j = static_cast<index_t>(c * chunk); j < last; j += block) add_keys(z, j, std::min(block, last - j), scratch, part, sums, mean);
+        });
+        std::copy_n(parts, offset_t{features} * columns_, state);
+        std::copy_n(parts + offset_t{features} * columns_, f_, sums_);
+        std::copy_n(parts + size - columns_, columns_, mean_);
+        for (offset_t c = 1; c < chunks; ++c) {
+            const T* const part = parts + c * size;
+            add_scaled<T, A>(T(1), part, features * columns_, state);
+            add_scaled<T, A>(T(1), part + offset_t{features} * columns_, f_, sums_);
+            add_scaled<T, A>(T(1), part + size - columns_, columns_, mean_);
+        }
+        workers_[0].release(mark);
+        if (head_.zero == ZeroRow::mean && keys > 0) scale_row<T, A>(mean_, 1 / static_cast<T>(keys), columns_, mean_);
+    }
+    /// Keys [first, first + count) into the sums; leaves their features in scratch.phi.
+    void add_keys(Rows<T> z, index_t first, index_t count, const Scratch& scratch, T* state, T* sums, T* total) const {
+        features_.template forward<false>(k_, first, count, scratch.phi);
+        add_rows(scratch.phi, f_, count, sums);
+        outer_sum<T, A>(scratch.phi, f_, features_.count(), z, first, count, columns_, state);
+        if (head_.zero == ZeroRow::mean)
+            for (index_t j = first; j < first + count; ++j) add_scaled<T, A>(T(1), z.row(j), columns_, total);
+    }
+    static void add_rows(const T* rows, index_t columns, index_t count, T* to) {
+        for (index_t c = 0; c < columns; c += width) {
+            V sum = V::load_aligned(to + c);
+            for (index_t i = 0; i < count; ++i) sum = sum + V::load_aligned(rows + offset_t{i} * columns + c);
+            sum.store_aligned(to + c);
+        }
+    }
+
+    /// Calls f(first position, keys of the block, queries of the block) for the causal blocks; key and query of a position stand in one row.
+    template <class F>
+    void for_each_causal_block(F&& f, bool backwards = false) const {
+        const index_t start = first_position(), blocks = (head_.k.rows - start + causal_block - 1) / causal_block;
+        for (index_t b = 0; b < blocks; ++b) {
+            const index_t first = start + (backwards ? blocks - 1 - b : b) * causal_block, count = std::min(causal_block, head_.k.rows - first);
+            f(first, std::clamp(head_.key_length - first, index_t{0}, count), std::clamp(head_.query_length + offset() - first, index_t{0}, count));
+        }
+    }
+    bool hides_non_finite(const T* rows, std::ptrdiff_t stride, index_t count, index_t columns) const {
+        bool found = false;
+        for (index_t i = 0; i < count; ++i) found |= has_non_finite<T, A>(rows + i * stride, columns);
+        return found;
+    }
+    /// triangle[a][b] = rows_a[a] . rows_b[b], zero where b > a if `lower`, else where b < a. `turned` takes rows_b transposed.
+    template <bool lower>
+    void make_triangle(const T* a, index_t count_a, const T* b, std::ptrdiff_t b_stride, index_t count_b, index_t inner, std::ptrdiff_t a_stride, T* turned, T* triangle) const {
+        std::fill_n(turned, offset_t{inner} * causal_block, T(0));
+        transpose_rows<T, A>(b, b_stride, count_b, inner, turned, causal_block);
+        row_product<T, A>(a, a_stride, count_a, inner, turned, causal_block, causal_block, triangle, causal_block, nullptr, false);
+        for (index_t i = 0; i < count_a; ++i)
+            if constexpr (lower) std::fill(triangle + i * causal_block + std::min(i + 1, causal_block), triangle + (i + 1) * causal_block, T(0));
+            else std::fill(triangle + i * causal_block, triangle + i * causal_block + i, T(0));
+    }
+
+    /// The causal form of apply(): a running sum over blocks, and triangles inside them.
+    void scan(Rows<T> z, Rows<T> v, const Hop& hop, T* out, std::ptrdiff_t out_stride) {
+        const Scratch& scratch = scratch_[0];
+        const index_t features = features_.count();
+        const Arena::Mark mark = workers_[0].mark();
+        T* const state = workers_[0].template take<T>(offset_t{features} * columns_).data();
+        T* const turned = workers_[0].template take<T>(offset_t{widest()} * causal_block).data();
+        T *const total = workers_[0].template take<T>(columns_).data(), *const mean = workers_[0].template take<T>(columns_).data();
+        start_scan(z, state, total);
+        for (index_t i = 0; i < std::min(-offset(), head_.q.rows); ++i) {  // stand in front of the first key
+            set_inverse(i, T(0), 0);
+            std::fill_n(out + i * out_stride, columns_, T(0));
+        }
+        for_each_causal_block([&](index_t first, index_t keys, index_t queries) {
+            const index_t count = std::min(causal_block, head_.k.rows - first), query = first - offset();
+            features_.template forward<true>(q_, query, queries, scratch.phi);
+            features_.template forward<false>(k_, first, keys, scratch.other);
+            for (index_t i = 0; i < std::max(keys, queries); ++i) {
+                if (i < keys) add_rows(scratch.other + offset_t{i} * f_, f_, 1, sums_);
+                if (i < queries) set_inverse(query + i, dot<T, A>(scratch.phi + offset_t{i} * f_, sums_, f_), std::min(first + i + 1, head_.key_length));
+            }
+            for (index_t i = queries; i < count; ++i) set_inverse(query + i, T(0), 0);
+            for (index_t i = 0; i < queries; ++i) scratch.numbers[i] = static_cast<T>(hop.walk) * factor(query + i);
+            T* const to = out + query * out_stride;
+            row_product<T, A>(scratch.phi, f_, queries, features, state, columns_, columns_, to, out_stride, nullptr, false);
+            make_triangle<true>(scratch.phi, queries, scratch.other, f_, keys, features, f_, turned, scratch.triangle);
+            triangle_product<true, T, A>(scratch.triangle, causal_block, queries, keys, z, first, columns_, to, out_stride, true, hides_non_finite(z.row(first), z.stride, keys, columns_));
+            for (index_t i = 0; i < queries; ++i) scale_row<T, A>(to + i * out_stride, scratch.numbers[i], columns_, to + i * out_stride);
+            for (index_t i = 0; i < count; ++i) {
+                if (head_.zero == ZeroRow::mean && i < keys) {
+                    add_scaled<T, A>(T(1), z.row(first + i), columns_, total);
+                    if (i < queries && is_mean(query + i)) scale_row<T, A>(total, 1 / static_cast<T>(first + i + 1), columns_, mean);
+                } else if (i < queries && is_mean(query + i)) scale_row<T, A>(total, 1 / static_cast<T>(head_.key_length), columns_, mean);
+                finish_row(query + i, mean, v, hop, to + i * out_stride);
+            }
+            outer_sum<T, A>(scratch.other, f_, features, z, first, keys, columns_, state);
+        });
+        workers_[0].release(mark);
+    }
+    /// The sums over the keys in front of the first block.
+    void start_scan(Rows<T> z, T* state, T* total) {
+        std::fill_n(state, offset_t{features_.count()} * columns_, T(0));
+        std::fill_n(sums_, f_, T(0));
+        std::fill_n(total, columns_, T(0));
+        const index_t last = std::min(first_position(), head_.key_length);
+        for (index_t j = 0; j < last; j += block) add_keys(z, j, std::min(block, last - j), scratch_[0], state, sums_, total);
+    }
+
+    const KernelHead<T, Features>& head_;
+    const Workers& workers_;
+    Rows<T> q_, k_;
+    FeatureRows<T, A, Features> features_;
+    index_t columns_, f_;
+    std::span<Scratch> scratch_;
+    std::span<T> inverse_;
+    T *sums_ = nullptr, *mean_ = nullptr, *state_ = nullptr, *states_ = nullptr;
+    offset_t hop_ = 0;
+};
+
+}  // namespace detail::simd
+
+POLYATTN_END_NAMESPACE

@@ -1,0 +1,252 @@
+#pragma once
+// The adjoint of the kernel attention operator. With B = D^-1 phi(Q), G_k = dL/d(A Z_k), S_k = phi(K)^T Z_k, m_i = sum_k G_k[i] . (A Z_k)[i]:
+// dS_k = B^T G_k, d phi(q_i) = (sum_k S_k G_k[i] - m_i phi(K)^T 1) / D_i, d phi(k_j) = sum_k dS_k Z_k[j] - sum_i m_i B[i].
+
+#include <polyattn/backend/simd/kernel_attention.hpp>
+#include <polyattn/backend/simd/sparse_softmax_gradient.hpp>
+
+POLYATTN_BEGIN_NAMESPACE
+
+namespace detail::simd {
+
+template <class T, class A, class Features>
+class KernelAttentionGradient : public KernelAttention<T, A, Features> {
+    using Base = KernelAttention<T, A, Features>;
+    using typename Base::Scratch;
+    using Base::block, Base::causal_block, Base::chunk, Base::columns_, Base::f_, Base::features_, Base::head_, Base::inverse_, Base::k_, Base::mean_, Base::q_, Base::scratch_, Base::sums_, Base::workers_;
+    using Base::width;
+
+public:
+    KernelAttentionGradient(const KernelHead<T, Features>& head, const HeadGradient<T>& gradient, bool, const Workers& workers) : Base(head, workers), states_(gradient.states) {
+        std::copy_n(gradient.logsumexp, head.q.rows, inverse_.data());
+        hop_ = static_cast<offset_t>(head.recursion->hops.size());
+        if (!head.causal) d_states_ = workers[0].template take<T>(hop_ * state_size()).data();
+    }
+
+    bool shares_passes() const { return false; }
+    bool is_alive(index_t i) const { return !is_empty_row(inverse_[static_cast<std::size_t>(i)]); }
+
+    /// out = A^T g, [keys][columns]. Called for the last hop first.
+    void apply_transposed(Rows<T> g, T* out) {
+        if (head_.causal) return scan_back(g, out);
+        T* const d_state = d_states_ + --hop_ * state_size();
+        sum_in_chunks(head_.query_length, state_size() + columns_, d_state, mean_, columns_, [&](index_t first, index_t count, const Scratch& scratch, T* part) {
+            scaled_queries(first, count, scratch.phi);
+            outer_sum<T, A>(scratch.phi, f_, features_.count(), g, first, count, columns_, part);
+            for (index_t i = first; i < first + count; ++i)
+                if (Base::is_mean(i)) add_scaled<T, A>(1 / static_cast<T>(head_.key_length), g.row(i), columns_, part + state_size());
+        });
+        parallel_for((head_.k.rows + block - 1) / block, [&](offset_t unit, int worker) {
+            const Scratch& scratch = Base::scratch_of(worker);
+            const auto first = static_cast<index_t>(unit) * block, count = std::min(block, head_.k.rows - first), valid = std::clamp(head_.key_length - first, index_t{0}, count);
+            features_.template forward<false>(k_, first, valid, scratch.phi);
+            keys_times(scratch.phi, first, valid, d_state, out);
+            if (head_.zero == ZeroRow::mean)
+                for (index_t j = first; j < first + valid; ++j) add_scaled<T, A>(T(1), mean_, columns_, out + offset_t{j} * columns_);
+            std::fill(out + offset_t{first + valid} * columns_, out + offset_t{first + count} * columns_, T(0));
+        });
+    }
+
+    /// Adds to d_q and d_k, after all hops' apply_transposed().
+    void weights_gradient(std::span<const WeightGradientTerm<T>> terms, std::span<const T> row_means, const HeadGradient<T>& gradient, T*) {
+        if (head_.causal) return causal_gradient(terms, row_means, gradient);
+        const auto count_terms = static_cast<offset_t>(terms.size());
+        const index_t inner = head_.v.cols;
+        T* const turned = workers_[0].template take<T>(count_terms * columns_ * f_).data();
+        std::fill_n(turned, count_terms * columns_ * f_, T(0));
+        const auto turn = [&](const T* states) {
+            for (offset_t k = 0; k < count_terms; ++k) transpose_rows<T, A>(states + k * state_size(), columns_, features_.count(), columns_, turned + k * columns_ * f_, f_);
+        };
+        turn(states_);
+        const T* const sums = states_ + count_terms * state_size();
+        T* const d_sums = workers_[0].template take<T>(f_).data();
+        sum_in_chunks(head_.query_length, f_, d_sums, nullptr, 0, [&](index_t first, index_t count, const Scratch& scratch, T* part) {
+            features_.template forward<true>(q_, first, count, scratch.phi);
+            for (offset_t k = 0; k < count_terms; ++k)
+                row_product<T, A>(terms[static_cast<std::size_t>(k)].g.row(first), terms[static_cast<std::size_t>(k)].g.stride, count, inner, turned + k * columns_ * f_, f_, f_, scratch.d_phi, f_, nullptr, k > 0);
+            for (index_t i = 0; i < count; ++i) {
+                const T factor = Base::factor(first + i), mean = row_means[static_cast<std::size_t>(first + i)];
+                T *const phi = scratch.phi + offset_t{i} * f_, *const d_phi = scratch.d_phi + offset_t{i} * f_;
+                if (factor == 0) {
+                    std::fill_n(d_phi, f_, T(0));
+                    continue;
+                }
+                add_scaled<T, A>(-mean, sums, f_, d_phi);
+                scale_row<T, A>(d_phi, factor, f_, d_phi);
+                add_scaled<T, A>(-mean * factor, phi, f_, part);
+            }
+            features_.backward(q_, first, count, scratch.phi, scratch.d_phi, scratch.rows, gradient.d_q);
+        });
+        turn(d_states_);
+        parallel_for((head_.key_length + block - 1) / block, [&](offset_t unit, int worker) {
+            const Scratch& scratch = Base::scratch_of(worker);
+            const auto first = static_cast<index_t>(unit) * block, count = std::min(block, head_.key_length - first);
+            features_.template forward<false>(k_, first, count, scratch.phi);
+            d_features_of_keys(terms, first, count, turned, d_sums, scratch.d_phi);
+            features_.backward(k_, first, count, scratch.phi, scratch.d_phi, scratch.rows, gradient.d_k);
+        });
+    }
+
+private:
+    offset_t state_size() const { return offset_t{features_.count()} * columns_; }
+
+    /// f(first row, rows, scratch, partial sum) for blocks of rows; the partial sums of chunks of rows, `size` numbers each, are added in order to
+    /// `sum`, their last `tail` numbers to `sum_tail`.
+    template <class F>
+    void sum_in_chunks(index_t rows, offset_t size, T* sum, T* sum_tail, index_t tail, F&& f) {
+        const offset_t chunks = std::max<offset_t>(1, (offset_t{rows} + chunk - 1) / chunk);
+        const Arena::Mark mark = workers_[0].mark();
+        T* const parts = workers_[0].template take<T>(size * chunks).data();
+        parallel_for(chunks, [&](offset_t c, int worker) {
+            std::fill_n(parts + c * size, size, T(0));
+            const auto last = static_cast<index_t>(std::min<offset_t>(rows, (c + 1) * chunk));
+            for (auto i = static_cast<index_t>(c * chunk); i < last; i += block) f(i, std::min(block, last - i), Base::scratch_of(worker), parts + c * size);
+        });
+        std::copy_n(parts, size - tail, sum);
+        std::copy_n(parts + size - tail, tail, sum_tail);
+        for (offset_t c = 1; c < chunks; ++c) {
+            add_scaled<T, A>(T(1), parts + c * size, static_cast<index_t>(size - tail), sum);
+            add_scaled<T, A>(T(1), parts + (c + 1) * size - tail, tail, sum_tail);
+        }
+        workers_[0].release(mark);
+    }
+
+    /// Rows of B; zeros for means and empty rows.
+    void scaled_queries(index_t first, index_t count, T* phi) const {
+        features_.template forward<true>(q_, first, count, phi);
+        for (index_t i = 0; i < count; ++i) {
+            const T factor = Base::factor(first + i);
+            T* const row = phi + offset_t{i} * f_;
+            if (factor == 0) std::fill_n(row, f_, T(0));
+            else scale_row<T, A>(row, factor, f_, row);
+        }
+    }
+    /// out rows = phi(k) d_state.
+    void keys_times(const T* phi, index_t first, index_t count, const T* d_state, T* out) const {
+        row_product<T, A>(phi, f_, count, features_.count(), d_state, columns_, columns_, out + offset_t{first} * columns_, columns_, nullptr, false);
+    }
+    /// d_phi rows = d_sums + sum_k Z_k dS_k^T.
+    void d_features_of_keys(std::span<const WeightGradientTerm<T>> terms, index_t first, index_t count, const T* turned, const T* d_sums, T* d_phi) const {
+        for (index_t j = 0; j < count; ++j) std::copy_n(d_sums, f_, d_phi + offset_t{j} * f_);
+        for (std::size_t k = 0; k < terms.size(); ++k)
+            row_product<T, A>(terms[k].z.row(first), terms[k].z.stride, count, head_.v.cols, turned + static_cast<offset_t>(k) * columns_ * f_, f_, f_, d_phi, f_, nullptr, true);
+    }
+
+    void scan_back(Rows<T> g, T* out) {
+        const Scratch& scratch = scratch_[0];
+        const Arena::Mark mark = workers_[0].mark();
+        T *const d_state = zeros(state_size()), *const total = zeros(columns_), *const turned = zeros(offset_t{Base::widest()} * causal_block);
+        Base::for_each_causal_block([&](index_t first, index_t keys, index_t queries) {
+            const index_t query = first - Base::offset(), count = std::min(causal_block, head_.k.rows - first);
+            scaled_queries(query, queries, scratch.phi);
+            features_.template forward<false>(k_, first, keys, scratch.other);
+            keys_times(scratch.other, first, keys, d_state, out);
+            Base::template make_triangle<false>(scratch.other, keys, scratch.phi, f_, queries, features_.count(), f_, turned, scratch.triangle);
+            triangle_product<false, T, A>(scratch.triangle, causal_block, keys, queries, g, query, columns_, out + offset_t{first} * columns_, columns_, true,
+                                          Base::hides_non_finite(g.row(query), g.stride, queries, columns_));
+            if (head_.zero == ZeroRow::mean)
+                for (index_t i = count; i-- > 0;) {
+                    if (i < queries && Base::is_mean(query + i)) add_scaled<T, A>(1 / static_cast<T>(std::min(first + i + 1, head_.key_length)), g.row(query + i), columns_, total);
+                    if (i < keys) add_scaled<T, A>(T(1), total, columns_, out + offset_t{first + i} * columns_);
+                }
+            outer_sum<T, A>(scratch.phi, f_, features_.count(), g, query, queries, columns_, d_state);
+        }, true);
+        const index_t last = std::min(Base::first_position(), head_.key_length);
+        for (index_t j = 0; j < last; j += block) {
+            const index_t count = std::min(block, last - j);
+            features_.template forward<false>(k_, j, count, scratch.phi);
+            keys_times(scratch.phi, j, count, d_state, out);
+            for (index_t i = 0; i < count; ++i) add_scaled<T, A>(T(1), total, columns_, out + offset_t{j + i} * columns_);
+        }
+        std::fill(out + offset_t{head_.key_length} * columns_, out + offset_t{head_.k.rows} * columns_, T(0));
+        workers_[0].release(mark);
+    }
+
+    /// Queries by a scan forwards, keys by one backwards; sums are kept transposed, [value column][feature].
+    void causal_gradient(std::span<const WeightGradientTerm<T>> terms, std::span<const T> row_means, const HeadGradient<T>& gradient) {
+        const Scratch& scratch = scratch_[0];
+        const auto count_terms = static_cast<offset_t>(terms.size());
+        const index_t inner = head_.v.cols, prefix = std::min(Base::first_position(), head_.key_length);
+        const offset_t size = offset_t{columns_} * f_;
+        T* const states = workers_[0].template take<T>(count_terms * size).data();
+        T *const sums = zeros(f_), *const turned = zeros(offset_t{Base::widest()} * causal_block), *const more = zeros(offset_t{causal_block} * causal_block);
+        std::fill_n(states, count_terms * size, T(0));
+        const auto add_block = [&](const T* phi, index_t first, index_t count, auto rows_of_term) {
+            for (std::size_t k = 0; k < terms.size(); ++k) {
+                const Rows<T> rows = rows_of_term(terms[k]);
+                outer_sum<T, A>(rows.row(first), rows.stride, inner, Rows<T>{phi, f_}, 0, count, f_, states + static_cast<offset_t>(k) * size);
+            }
+        };
+        // triangle[a][b] = sum_k rows_a . rows_b - m of the query among them
+        const auto d_pairs = [&]<bool lower>(std::bool_constant<lower>, index_t query, index_t queries, index_t key, index_t keys) {
+            for (std::size_t k = 0; k < terms.size(); ++k) {
+                const Rows<T> a = lower ? terms[k].g : terms[k].z, b = lower ? terms[k].z : terms[k].g;
+                T* const to = k == 0 ? scratch.triangle : more;
+                Base::template make_triangle<lower>(a.row(lower ? query : key), lower ? queries : keys, b.row(lower ? key : query), b.stride, lower ? keys : queries, inner, a.stride, turned, to);
+                if (k > 0) add_scaled<T, A>(T(1), more, causal_block * causal_block, scratch.triangle);
+            }
+            for (index_t i = 0; i < queries; ++i) {
+                const bool ignored = Base::factor(query + i) == 0;
+                for (index_t j = 0; j < std::min(i + 1, keys); ++j) {
+                    T& entry = scratch.triangle[lower ? i * causal_block + j : j * causal_block + i];
+                    entry = ignored ? T(0) : entry - row_means[static_cast<std::size_t>(query + i)];
+                }
+            }
+        };
+        for (index_t j = 0; j < prefix; j += block) {
+            const index_t count = std::min(block, prefix - j);
+            features_.template forward<false>(k_, j, count, scratch.phi);
+            add_block(scratch.phi, j, count, [](const WeightGradientTerm<T>& term) { return term.z; });
+            Base::add_rows(scratch.phi, f_, count, sums);
+        }
+        Base::for_each_causal_block([&](index_t first, index_t keys, index_t queries) {
+            const index_t query = first - Base::offset();
+            features_.template forward<true>(q_, query, queries, scratch.phi);
+            features_.template forward<false>(k_, first, keys, scratch.other);
+            d_pairs(std::true_type{}, query, queries, first, keys);
+            for (index_t i = 0; i < queries; ++i) scale_row<T, A>(sums, -row_means[static_cast<std::size_t>(query + i)], f_, scratch.d_phi + offset_t{i} * f_);
+            for (std::size_t k = 0; k < terms.size(); ++k)
+                row_product<T, A>(terms[k].g.row(query), terms[k].g.stride, queries, inner, states + static_cast<offset_t>(k) * size, f_, f_, scratch.d_phi, f_, nullptr, true);
+            triangle_product<true, T, A>(scratch.triangle, causal_block, queries, keys, Rows<T>{scratch.other, f_}, 0, f_, scratch.d_phi, f_, true,
+                                         Base::hides_non_finite(scratch.other, f_, keys, f_));
+            for (index_t i = 0; i < queries; ++i) {
+                T* const row = scratch.d_phi + offset_t{i} * f_;
+                if (const T factor = Base::factor(query + i); factor == 0) std::fill_n(row, f_, T(0));
+                else scale_row<T, A>(row, factor, f_, row);
+            }
+            features_.backward(q_, query, queries, scratch.phi, scratch.d_phi, scratch.rows, gradient.d_q);
+            add_block(scratch.other, first, keys, [](const WeightGradientTerm<T>& term) { return term.z; });
+            Base::add_rows(scratch.other, f_, keys, sums);
+        });
+        std::fill_n(states, count_terms * size, T(0));
+        std::fill_n(sums, f_, T(0));
+        Base::for_each_causal_block([&](index_t first, index_t keys, index_t queries) {
+            const index_t query = first - Base::offset();
+            scaled_queries(query, queries, scratch.phi);
+            features_.template forward<false>(k_, first, keys, scratch.other);
+            d_features_of_keys(terms, first, keys, states, sums, scratch.d_phi);
+            d_pairs(std::false_type{}, query, queries, first, keys);
+            triangle_product<false, T, A>(scratch.triangle, causal_block, keys, queries, Rows<T>{scratch.phi, f_}, 0, f_, scratch.d_phi, f_, true,
+                                          Base::hides_non_finite(scratch.phi, f_, queries, f_));
+            features_.backward(k_, first, keys, scratch.other, scratch.d_phi, scratch.rows, gradient.d_k);
+            add_block(scratch.phi, query, queries, [](const WeightGradientTerm<T>& term) { return term.g; });
+            for (index_t i = 0; i < queries; ++i) add_scaled<T, A>(-row_means[static_cast<std::size_t>(query + i)], scratch.phi + offset_t{i} * f_, f_, sums);
+        }, true);
+        for (index_t j = 0; j < prefix; j += block) {
+            const index_t count = std::min(block, prefix - j);
+            features_.template forward<false>(k_, j, count, scratch.phi);
+            d_features_of_keys(terms, j, count, states, sums, scratch.d_phi);
+            features_.backward(k_, j, count, scratch.phi, scratch.d_phi, scratch.rows, gradient.d_k);
+        }
+    }
+
+    T* zeros(offset_t count) const { return std::fill_n(workers_[0].template take<T>(count).data(), count, T(0)) - count; }
+
+    const T* states_;
+    T* d_states_ = nullptr;
+    offset_t hop_ = 0;
+};
+
+}  // namespace detail::simd
+
+POLYATTN_END_NAMESPACE

@@ -1,0 +1,549 @@
+// Kernel (linear) attention: the numbers of the papers' examples, simd against reference within derived bounds, gradients, properties.
+#include "support/layers.hpp"
+#include "support/random.hpp"
+
+#include <doctest/doctest.h>
+
+#include <functional>
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
+
+using namespace polyattn;
+
+namespace {
+
+template <class T>
+constexpr double unit = sizeof(T) == 4 ? 0x1p-24 : 0x1p-53;
+
+struct Cube {  // a caller's map
+    double operator()(double x) const { return x * x * x * x; }
+    double derivative(double x) const { return 4 * x * x * x; }
+};
+
+/// Rounding of one head: with weights w_ij = phi(q_i) . phi(k_j) >= 0 and |fl(phi) - phi| <= `relative` phi, every sum has non-negative terms, so a
+/// numerator, a denominator and their quotient are off by relative factors. A result of K hops is off by at most (K + 1) times that factor,
+/// times the same expression with all values taken by magnitude.
+struct Magnitudes {
+    std::vector<double> out, d_q, d_k, d_v;
+};
+
+template <class Features>
+Magnitudes magnitudes(const detail::KernelHead<double, Features>& head, const MatrixView<const double>& d_out) {
+    const detail::reference::KernelOperator op = detail::reference::make_operator(head);
+    const auto n = static_cast<std::size_t>(head.q.rows), keys = static_cast<std::size_t>(head.k.rows), e = static_cast<std::size_t>(head.v.cols), hops = head.recursion->hops.size();
+    using Rows = std::vector<std::vector<double>>;
+    const auto rows = [&](std::size_t count, auto&& entry) {
+        Rows made(count, std::vector<double>(e));
+        for (std::size_t i = 0; i < count; ++i)
+            for (std::size_t c = 0; c < e; ++c) made[i][c] = std::abs(entry(static_cast<index_t>(i), static_cast<index_t>(c)));
+        return made;
+    };
+    std::vector<Rows> z{rows(keys, [&](index_t j, index_t c) { return head.recursion->start * head.v(j, c); })};
+    for (const Hop& hop : head.recursion->hops) {
+        Rows next(n, std::vector<double>(e, 0));
+        for (std::size_t i = 0; i < n; ++i)
+            if (op.alive[i])
+                for (std::size_t c = 0; c < e; ++c) {
+                    for (const auto& edge : op.rows[i]) next[i][c] += std::abs(hop.walk) * edge.weight * z.back()[static_cast<std::size_t>(edge.key)][c];
+                    if (hop.teleport != 0) next[i][c] += std::abs(hop.teleport * head.v(static_cast<index_t>(i), static_cast<index_t>(c)));
+                }
+        z.push_back(next);
+    }
+    Rows g = rows(n, [&](index_t i, index_t c) { return d_out(i, c); }), d_v(keys, std::vector<double>(e, 0));
+    std::vector<std::vector<double>> d_pair(n);
+    for (std::size_t i = 0; i < n; ++i) d_pair[i].assign(op.rows[i].size(), 0);
+    std::vector<double> mean(n, 0);
+    for (std::size_t k = hops; k-- > 0;) {
+        const Hop& hop = head.recursion->hops[k];
+        Rows next(keys, std::vector<double>(e, 0));
+        for (std::size_t i = 0; i < n; ++i)
+            if (op.alive[i])
+                for (std::size_t c = 0; c < e; ++c) {
+                    mean[i] += g[i][c] * (z[k + 1][i][c] + (hop.teleport != 0 ? std::abs(hop.teleport * head.v(static_cast<index_t>(i), static_cast<index_t>(c))) : 0));
+                    if (hop.teleport != 0) d_v[i][c] += std::abs(hop.teleport) * g[i][c];
+                    for (std::size_t s = 0; s < op.rows[i].size(); ++s) {
+                        const auto j = static_cast<std::size_t>(op.rows[i][s].key);
+                        next[j][c] += std::abs(hop.walk) * op.rows[i][s].weight * g[i][c];
+                        d_pair[i][s] += std::abs(hop.walk) * g[i][c] * z[k][j][c];
+                    }
+                }
+        g = next;
+    }
+    for (std::size_t j = 0; j < keys; ++j)
+        for (std::size_t c = 0; c < e; ++c) d_v[j][c] += std::abs(head.recursion->start) * g[j][c];
+    std::vector<std::vector<double>> d_q(op.q.size()), d_k(op.k.size());
+    for (std::size_t i = 0; i < d_q.size(); ++i) d_q[i].assign(op.q[i].size(), 0);
+    for (std::size_t j = 0; j < d_k.size(); ++j) d_k[j].assign(op.k[j].size(), 0);
+    for (std::size_t i = 0; i < d_q.size(); ++i)
+        if (op.denominators[i] != 0)
+            for (std::size_t s = 0; s < op.rows[i].size(); ++s) {
+                const auto j = static_cast<std::size_t>(op.rows[i][s].key);
+                for (std::size_t c = 0; c < op.q[i].size(); ++c) {
+                    d_q[i][c] += (d_pair[i][s] + mean[i]) / op.denominators[i] * op.k[j][c];
+                    d_k[j][c] += (d_pair[i][s] + mean[i]) / op.denominators[i] * op.q[i][c];
+                }
+            }
+    const auto through = [&](const MatrixView<const double>& x, const std::vector<std::vector<double>>& phi, const std::vector<std::vector<double>>& d_phi) {
+        std::vector<double> d(static_cast<std::size_t>(x.rows) * static_cast<std::size_t>(x.cols), 0);
+        for (std::size_t i = 0; i < phi.size(); ++i)
+            for (index_t c = 0; c < x.cols; ++c) {
+                double& to = d[i * static_cast<std::size_t>(x.cols) + static_cast<std::size_t>(c)];
+                if constexpr (detail::has_directions<Features>) {
+                    const double scale = std::pow(double(x.cols), -.25);
+                    for (std::size_t r = 0; r < phi[i].size(); ++r)
+                        to += d_phi[i][r] * phi[i][r] * scale * (std::abs((*head.features)->w[r * static_cast<std::size_t>(x.cols) + static_cast<std::size_t>(c)]) + std::abs(x(static_cast<index_t>(i), c)) * scale);
+                } else to = d_phi[i][static_cast<std::size_t>(c)] * std::abs(head.features->derivative(x(static_cast<index_t>(i), c)));
+            }
+        return d;
+    };
+    Magnitudes result;
+    for (const auto& row : z.back()) result.out.insert(result.out.end(), row.begin(), row.end());
+    for (const auto& row : d_v) result.d_v.insert(result.d_v.end(), row.begin(), row.end());
+    result.d_q = through(head.q, op.q, d_q);
+    result.d_k = through(head.k, op.k, d_k);
+    return result;
+}
+
+template <class Features>
+index_t feature_count(const Features& features, index_t dim) {
+    if constexpr (detail::has_directions<Features>) return features->count;
+    else return dim;
+}
+
+/// A relative bound of fl(phi). Of e^x by 2^(x log2 e): the product's rounding, |x| log2(e) u, and 2e-7 (float) or 3e-16 of the power. Random
+/// features: the exponents' dot products, d + 4 roundings of sums by magnitude, and the shift of the same size.
+template <class T, class Features>
+double feature_error(const Features& features, const MatrixView<const double>& q, const MatrixView<const double>& k) {
+    const double u = unit<T>, power = sizeof(T) == 4 ? 3e-7 : 4e-16;
+    double highest = 0;
+    for (const auto* x : {&q, &k})
+        for (index_t i = 0; i < x->rows; ++i) {
+            if constexpr (detail::has_directions<Features>) {
+                for (index_t r = 0; r < features->count; ++r) {
+                    double sum = 0;
+                    for (index_t c = 0; c < x->cols; ++c) {
+                        const double y = std::abs((*x)(i, c)) * std::pow(double(x->cols), -.25);
+                        sum += std::abs(features->w[static_cast<std::size_t>(r * x->cols + c)]) * y + y * y;
+                    }
+                    highest = std::max(highest, (x->cols + 8) * (sum + features->fixed_shift));
+                }
+            } else
+                for (index_t c = 0; c < x->cols; ++c) highest = std::max(highest, 4 * std::abs((*x)(i, c)));
+        }
+    if constexpr (std::is_same_v<Features, ReLU>) return 0;
+    else return 2 * highest * u + power;
+}
+
+template <class T, class Score, class Pattern>
+void check_against_reference(Random& random, const Score& score, const Pattern& pattern, const Recursion& recursion, index_t queries, index_t keys, index_t d, index_t e, bool diffuses) {
+    INFO(queries, " queries, ", keys, " keys, d = ", d, ", e = ", e, ", hops ", recursion.hops.size());
+    const index_t batch = 2, heads = 2, key_heads = 1;
+    CallOptions options;
+    if (random.below(2)) options.key_lengths = {keys, random.below(keys + 1)};
+    const auto q = random.tensor<T>({batch, heads, queries, d}), k = random.tensor<T>({batch, key_heads, keys, d}), v = random.tensor<T>({batch, key_heads, keys, e}),
+               d_out = random.tensor<T>({batch, heads, queries, e});
+    const auto q2 = in_double(q), k2 = in_double(k), v2 = in_double(v), d_out2 = in_double(d_out);
+    const auto fast = [&] {
+        if constexpr (requires { score.denominator.epsilon; }) return Attention<Score, Pattern>{score, pattern};
+        else return Attention<Score, Pattern, AnyDiffusion>{score, pattern, AnyDiffusion{recursion}};
+    }();
+    const auto exact = [&] {
+        if constexpr (requires { score.denominator.epsilon; }) return Attention<Score, Pattern, Reference>{score, pattern};
+        else return Attention<Score, Pattern, AnyDiffusion, Reference>{score, pattern, AnyDiffusion{recursion}};
+    }();
+    const auto [out, saved] = fast.forward(q.view(), k.view(), v.view(), options);
+    const auto [exact_out, exact_saved] = exact.forward(q2.view(), k2.view(), v2.view(), options);
+    CHECK(fast(q.view(), k.view(), v.view(), options).values == out.values);
+    const auto gradient = fast.backward(saved, d_out.view());
+    CHECK(gradient.q.values == fast.backward(saved, d_out.view()).q.values);
+    const auto exact_gradient = exact.backward(exact_saved, d_out2.view());
+
+    const auto features = detail::bind_features(score.features, d);
+    using Features = std::remove_cvref_t<decltype(features)>;
+    const Plan plan = pattern.plan(queries, keys);
+    const detail::ZeroRow zero = detail::zero_row(score, diffuses);
+    Tensor<double> b_out(exact_out.shape), b_q(q2.shape), b_k(k2.shape), b_v(v2.shape);
+    double hops = double(exact.recursion().hops.size());
+    for (index_t b = 0; b < batch; ++b)
+        for (index_t h = 0; h < heads; ++h) {
+            const index_t length = options.key_lengths.empty() ? keys : options.key_lengths[static_cast<std::size_t>(b)];
+            const detail::KernelHead<double, Features> head{q2.view().head(b, h), k2.view().head(b, 0), v2.view().head(b, 0), &plan, &exact.recursion(), &features, zero,
+                                                            detail::epsilon_of(score, zero), std::is_same_v<Pattern, Causal>, b, h, queries == keys ? length : queries, length, {}};
+            const Magnitudes m = magnitudes(head, std::as_const(d_out2).view().head(b, h));
+            // Sums over features, keys, queries and value columns, in any order; a quotient; the features twice.
+            const double relative = 2 * feature_error<T>(features, head.q, head.k) + (2. * (feature_count(features, d) + keys) + queries + e + 12) * unit<T>;
+            const auto add = [&](Tensor<double>& to, index_t head_at, const std::vector<double>& by, double factor) {
+                for (std::size_t i = 0; i < by.size(); ++i) to.values[static_cast<std::size_t>(head_at) * by.size() + i] += factor * relative * by[i] + 1e-300;
+            };
+            add(b_out, b * heads + h, m.out, hops + 1);
+            add(b_q, b * heads + h, m.d_q, 2 * hops + 2);
+            add(b_k, b, m.d_k, 2 * hops + 2);
+            add(b_v, b, m.d_v, 2 * hops + 2);
+        }
+    const auto compare = [&](const Tensor<T>& got, const Tensor<double>& wanted, const Tensor<double>& bound, const char* what) {
+        REQUIRE(got.values.size() == wanted.values.size());
+        double worst = 0;
+        std::size_t where = 0;
+        for (std::size_t i = 0; i < wanted.values.size(); ++i) {
+            const double share = std::abs(double(got.values[i]) - wanted.values[i]) / (bound.values[i] * (sizeof(T) == 8 ? 2 : 1) + unit<T> * std::abs(wanted.values[i]) + 1e-300);
+            if (!(share <= worst)) worst = share, where = i;
+        }
+        INFO(what, " entry ", where, ": got ", got.values.empty() ? 0 : double(got.values[where]), ", wanted ", wanted.values.empty() ? 0 : wanted.values[where]);
+        CHECK(worst <= 1);
+    };
+    compare(out, exact_out, b_out, "out");
+    compare(gradient.q, exact_gradient.q, b_q, "d_q");
+    compare(gradient.k, exact_gradient.k, b_k, "d_k");
+    compare(gradient.v, exact_gradient.v, b_v, "d_v");
+}
+
+const std::vector<Recursion> recursions = {NoDiffusion{}.recursion(), PPR<3>{.alpha = .2}.recursion(), HeatKernel<2>{}.recursion(), PPR<0>{}.recursion()};
+
+template <class T, class Score, class Pattern>
+void check_sizes(Random& random, const Score& score, const Pattern& pattern) {
+    constexpr bool diffuses = !requires { score.denominator.epsilon; };
+    for (const index_t n : {0, 1, 2, 31, 32, 33, 63, 65, 129})
+        check_against_reference<T>(random, score, pattern, diffuses ? recursions[static_cast<std::size_t>(random.below(4))] : recursions[0], n, n, 1 + random.below(20), random.below(20), diffuses);
+    for (const auto& [queries, keys] : {std::pair{1, 70}, {40, 101}, {101, 40}, {33, 0}, {0, 5}})
+        check_against_reference<T>(random, score, pattern, recursions[0], queries, keys, 16, 8, diffuses);
+}
+
+/// Every row of a column.
+Tensor<double> column(std::vector<double> values) {
+    Tensor<double> x({static_cast<offset_t>(values.size()), 1});
+    x.values = std::move(values);
+    return x;
+}
+template <class Layer>
+std::vector<double> self(const Layer& layer, const Tensor<double>& x, index_t length = -1) {
+    CallOptions options;
+    if (length >= 0) options.key_lengths = {length};
+    return layer(x.view(), x.view(), x.view(), options).values;
+}
+void check_equal(const std::vector<double>& got, const std::vector<double>& wanted) {
+    REQUIRE(got.size() == wanted.size());
+    for (std::size_t i = 0; i < got.size(); ++i) CHECK(got[i] == doctest::Approx(wanted[i]).epsilon(1e-14));
+}
+
+}  // namespace
+
+TEST_CASE_TEMPLATE("one dimension by hand", Backend, Simd<>, Reference) {
+    const Tensor<double> x = column({1, 2, 3, 4}), mixed = column({1, -2, 3, -4}), five = column({1, 2, 3, 4, 5});
+    check_equal(self(Attention<Kernel<ReLU, ExactOrZero>, Backend>{}, x), {3, 3, 3, 3});
+    check_equal(self(Attention<Kernel<EluPlusOne, ExactOrZero>, Backend>{}, x), {20. / 7, 20. / 7, 20. / 7, 20. / 7});
+    check_equal(self(Attention<Kernel<ReLU, ExactOrZero>, Backend>{}, mixed), {2.5, 0, 2.5, 0});
+    check_equal(self(Attention<Kernel<ReLU, ExactOrMean>, Backend>{}, mixed), {2.5, -.5, 2.5, -.5});
+    check_equal(self(Attention<Kernel<ReLU, AddEpsilon>, Backend>{}, mixed), {10 / (4 + 1e-6), 0, 30 / (12 + 1e-6), 0});
+    check_equal(self(Attention<Kernel<ReLU, ExactOrZero>, Causal, Backend>{}, x), {1, 5. / 3, 14. / 6, 3});
+    check_equal(self(Attention<Kernel<ReLU, ExactOrZero>, Backend>{}, five, 3), {14. / 6, 14. / 6, 14. / 6, 0, 0});
+    // A padded query is empty; with no valid key every row is.
+    check_equal(self(Attention<Kernel<ReLU, ExactOrMean>, Backend>{}, five, 0), {0, 0, 0, 0, 0});
+}
+
+TEST_CASE_TEMPLATE("simd against reference: ReLU", T, float, double) {
+    POLYATTN_RANDOM(random);
+    check_sizes<T>(random, Kernel<ReLU, ExactOrMean>{}, Dense{});
+    check_sizes<T>(random, Kernel<ReLU, ExactOrMean>{}, Causal{});
+    check_sizes<T>(random, Kernel<ReLU, AddEpsilon>{}, Causal{});
+}
+TEST_CASE_TEMPLATE("simd against reference: ELU + 1", T, float, double) {
+    POLYATTN_RANDOM(random);
+    check_sizes<T>(random, Kernel<EluPlusOne>{}, Dense{});
+    check_sizes<T>(random, Kernel<EluPlusOne>{}, Causal{});
+}
+TEST_CASE_TEMPLATE("simd against reference: random features, causal and not", T, float, double) {
+    POLYATTN_RANDOM(random);
+    check_sizes<T>(random, Kernel<PositiveRandomFeatures, ExactOrZero>{{.features = 19, .seed = random.seed()}}, Dense{});
+    check_sizes<T>(random, Kernel<PositiveRandomFeatures, ExactOrZero>{{.seed = random.seed()}}, Causal{});
+}
+TEST_CASE("simd against reference: a caller's map, rows that are empty, long sums of several chunks") {
+    POLYATTN_RANDOM(random);
+    check_sizes<double>(random, Kernel<Cube>{}, Dense{});
+    check_sizes<double>(random, Kernel<ReLU, ExactOrZero>{}, Causal{});
+    for (const auto& [queries, keys] : {std::pair{5, 4100}, {4100, 5}}) check_against_reference<double>(random, Kernel<ReLU, AddEpsilon>{}, Dense{}, recursions[0], queries, keys, 3, 2, false);
+}
+
+TEST_CASE_TEMPLATE("gradients by finite differences", Score, Kernel<ReLU, AddEpsilon>, Kernel<ReLU, ExactOrMean>, Kernel<EluPlusOne, ExactOrZero>, Kernel<PositiveRandomFeatures, ExactOrZero>) {
+    POLYATTN_RANDOM(random);
+    const auto check = [&](const auto& layer, index_t n, const CallOptions& options) {
+        auto q = random.tensor<double>({2, 2, n, 4}), k = random.tensor<double>({2, 1, n, 4}), v = random.tensor<double>({2, 1, n, 3});
+        const auto d_out = random.tensor<double>({2, 2, n, 3});
+        // ReLU bends at 0: no step of a difference may cross it.
+        for (auto* x : {&q, &k})
+            for (double& entry : x->values) entry += entry > 0 ? .05 : -.05;
+        const auto loss = [&] {
+            const auto out = layer(q.view(), k.view(), v.view(), options);
+            double sum = 0;
+            for (std::size_t i = 0; i < out.values.size(); ++i) sum += out.values[i] * d_out.values[i];
+            return sum;
+        };
+        const auto gradient = layer.backward(layer.forward(q.view(), k.view(), v.view(), options).saved, d_out.view());
+        const auto compare = [&](std::vector<double>& values, const std::vector<double>& got, const char* what) {
+            for (int s = 0; s < 8; ++s) {
+                const auto at = static_cast<std::size_t>(random.below(static_cast<index_t>(values.size())));
+                const double start = values[at];
+                const auto slope = [&](double step) {
+                    values[at] = start + step;
+                    const double up = loss();
+                    values[at] = start - step;
+                    const double down = loss();
+                    values[at] = start;
+                    return (up - down) / (2 * step);
+                };
+                const double h = 1e-4, difference = (4 * slope(h / 2) - slope(h)) / 3;
+                INFO(what, " entry ", at, " of ", n, " tokens");
+                CHECK(std::abs(difference - got[at]) < 1e-7 * (1 + std::abs(loss()) + std::abs(got[at])));
+            }
+        };
+        compare(q.values, gradient.q.values, "q");
+        compare(k.values, gradient.k.values, "k");
+        compare(v.values, gradient.v.values, "v");
+    };
+    for (const index_t n : {1, 9, 40}) {
+        CallOptions options;
+        if (random.below(2)) options.key_lengths = {n, n / 2 + 1};
+        check(Attention<Score>{}, n, options);
+        check(Attention<Score, Causal>{}, n, options);
+        if constexpr (std::is_same_v<Score, Kernel<ReLU, ExactOrMean>>) {
+            options.dropout.values = .2;
+            check(Attention<Score, PPR<3>>{}, n, options);
+            check(Attention<Score, PPR<3>, Causal>{}, n, options);
+            check(Attention<Score, PPR<3>, Reference>{}, n, options);
+        }
+    }
+}
+
+TEST_CASE_TEMPLATE("diffusion is a polynomial of the operator's matrix", Pattern, Dense, Causal) {
+    POLYATTN_RANDOM(random);
+    const index_t n = 37, d = 5, e = 4;
+    const auto q = random.tensor<double>({n, d}), k = random.tensor<double>({n, d}), v = random.tensor<double>({n, e});
+    Tensor<double> identity({n, n});
+    for (index_t i = 0; i < n; ++i) identity.values[static_cast<std::size_t>(i * n + i)] = 1;
+    const auto a = Attention<Kernel<ReLU, ExactOrMean>, Pattern>{}(q.view(), k.view(), identity.view());
+    for (index_t i = 0; i < n; ++i) {
+        double sum = 0;
+        for (index_t j = 0; j < n; ++j) {
+            const double entry = a.values[static_cast<std::size_t>(i * n + j)];
+            CHECK(entry >= 0);
+            sum += entry;
+        }
+        CHECK(std::abs(sum - 1) < (2 * n + d + 4) * 0x1p-53);
+    }
+    std::vector<double> z = v.values;
+    for (int hop = 0; hop < 4; ++hop) {
+        std::vector<double> next(z.size());
+        for (std::size_t i = 0; i < n; ++i)
+            for (std::size_t c = 0; c < e; ++c) {
+                for (std::size_t j = 0; j < n; ++j) next[i * e + c] += .9 * a.values[i * n + j] * z[j * e + c];
+                next[i * e + c] += .1 * v.values[i * e + c];
+            }
+        z = next;
+    }
+    const auto out = Attention<Kernel<ReLU>, PPR<4>, Pattern>{}(q.view(), k.view(), v.view());
+    double most = 0;
+    for (const double entry : v.values) most = std::max(most, std::abs(entry));
+    // All weights of a hop sum to 1: five hops of relative errors of n + d roundings, here and there.
+    for (std::size_t i = 0; i < z.size(); ++i) CHECK(std::abs(out.values[i] - z[i]) < 2 * 5 * (2 * n + d + 8) * 0x1p-53 * most);
+}
+
+TEST_CASE("properties: scales cancel, constant values stay, keys may be permuted") {
+    POLYATTN_RANDOM(random);
+    const index_t n = 150, d = 12, e = 7;
+    const auto q = random.tensor<double>({n, d}), k = random.tensor<double>({n, d}), v = random.tensor<double>({n, e});
+    const Attention<Kernel<ReLU, ExactOrMean>> layer;
+    const auto out = layer(q.view(), k.view(), v.view());
+    auto q4 = q, k8 = k;
+    for (double& entry : q4.values) entry *= 4;
+    for (double& entry : k8.values) entry *= 8;
+    CHECK(layer(q4.view(), k8.view(), v.view()).values == out.values);  // powers of two: to the bit
+    Tensor<double> ones({n, e});
+    std::fill(ones.values.begin(), ones.values.end(), 1.);
+    for (const double entry : layer(q.view(), k.view(), ones.view()).values) CHECK(std::abs(entry - 1) < (2 * n + d + 4) * 0x1p-53);
+    auto k_turned = k, v_turned = v;
+    for (index_t i = 0; i < n; ++i) {
+        std::copy_n(&k.values[static_cast<std::size_t>(i * d)], d, &k_turned.values[static_cast<std::size_t>((n - 1 - i) * d)]);
+        std::copy_n(&v.values[static_cast<std::size_t>(i * e)], e, &v_turned.values[static_cast<std::size_t>((n - 1 - i) * e)]);
+    }
+    const auto turned = layer(q.view(), k_turned.view(), v_turned.view());
+    for (std::size_t i = 0; i < out.values.size(); ++i) CHECK(std::abs(turned.values[i] - out.values[i]) < 2 * (2 * n + d + 4) * 0x1p-53 * 6.5);
+}
+
+TEST_CASE_TEMPLATE("causal: later tokens, even NaN, change no bit of earlier outputs and gradients", Score, Kernel<ReLU>, Kernel<EluPlusOne, ExactOrMean>, Kernel<PositiveRandomFeatures>) {
+    POLYATTN_RANDOM(random);
+    const index_t n = 75, d = 6, e = 5;
+    const auto check = [&](const auto& layer) {
+        auto q = random.tensor<float>({n, d}), k = random.tensor<float>({n, d}), v = random.tensor<float>({n, e});
+        const auto out = layer(q.view(), k.view(), v.view());
+        const index_t changed = random.below(n);
+        const float value = random.below(2) ? std::numeric_limits<float>::quiet_NaN() : 7.f;
+        for (auto* x : {&q, &k, &v}) x->values[static_cast<std::size_t>(changed * x->shape[1])] = value;
+        const auto other = layer(q.view(), k.view(), v.view());
+        INFO("token ", changed, " became ", value);
+        CHECK(std::equal(out.values.begin(), out.values.begin() + changed * e, other.values.begin()));
+        // And backwards: what a query's gradient says does not reach later keys.
+        auto d_out = random.tensor<float>({n, e});
+        q = random.tensor<float>({n, d}), k = random.tensor<float>({n, d}), v = random.tensor<float>({n, e});
+        const auto saved = layer.forward(q.view(), k.view(), v.view()).saved;
+        const auto before = layer.backward(saved, d_out.view());
+        d_out.values[static_cast<std::size_t>(changed * e)] = value;
+        const auto after = layer.backward(saved, d_out.view());
+        CHECK(std::equal(before.k.values.begin() + (changed + 1) * d, before.k.values.end(), after.k.values.begin() + (changed + 1) * d));
+        CHECK(std::equal(before.v.values.begin() + (changed + 1) * e, before.v.values.end(), after.v.values.begin() + (changed + 1) * e));
+    };
+    for (int repeat = 0; repeat < 10; ++repeat) {
+        check(Attention<Score, Causal>{});
+        check(Attention<Score, PPR<2>, Causal>{});
+    }
+}
+
+TEST_CASE("padding never counts, whatever it holds") {
+    POLYATTN_RANDOM(random);
+    const index_t n = 90, valid = 41;
+    auto q = random.tensor<float>({1, 1, n, 8}), k = q, v = q;
+    const CallOptions options{.key_lengths = {valid}};
+    const auto check = [&](const auto& layer) {
+        const auto before = layer.forward(q.view(), k.view(), v.view(), options);
+        const auto d_before = layer.backward(before.saved, q.view());
+        auto bad = q;
+        std::fill(bad.values.begin() + valid * 8, bad.values.end(), std::numeric_limits<float>::quiet_NaN());
+        const auto after = layer.forward(bad.view(), bad.view(), bad.view(), options);
+        const auto d_after = layer.backward(after.saved, q.view());
+        CHECK(before.out.values == after.out.values);
+        CHECK(std::all_of(after.out.values.begin() + valid * 8, after.out.values.end(), [](float x) { return x == 0; }));
+        CHECK(d_before.q.values == d_after.q.values);
+        CHECK(d_before.k.values == d_after.k.values);
+        CHECK(d_before.v.values == d_after.v.values);
+    };
+    check(Attention<Kernel<ReLU>>{});
+    check(Attention<Kernel<ReLU>, Causal>{});
+    check(Attention<Kernel<EluPlusOne>, PPR<2>>{});
+    check(Attention<Kernel<PositiveRandomFeatures>>{});
+}
+
+TEST_CASE("the same bits for one thread and several") {
+#if defined(_OPENMP)
+    POLYATTN_RANDOM(random);
+    const index_t n = 5001;
+    const auto q = random.tensor<float>({1, 1, n, 24}), k = random.tensor<float>({1, 1, n, 24}), v = random.tensor<float>({1, 1, n, 16}), d_out = random.tensor<float>({1, 1, n, 16});
+    const auto run = [&](const auto& layer, int threads) {
+        omp_set_num_threads(threads);
+        auto [out, saved] = layer.forward(q.view(), k.view(), v.view());
+        const auto gradient = layer.backward(saved, d_out.view());
+        std::vector<float> all = out.values;
+        for (const auto* part : {&gradient.q, &gradient.k, &gradient.v}) all.insert(all.end(), part->values.begin(), part->values.end());
+        return all;
+    };
+    const auto check = [&](const auto& layer) {
+        const auto one = run(layer, 1);
+        CHECK(run(layer, 2) == one);
+        CHECK(run(layer, 3) == one);
+    };
+    const int threads = omp_get_max_threads();
+    check(Attention<Kernel<ReLU>>{});
+    check(Attention<Kernel<ReLU>, PPR<2>>{});
+    check(Attention<Kernel<PositiveRandomFeatures>>{Kernel<PositiveRandomFeatures>{{.features = 40}}});
+    omp_set_num_threads(threads);
+#endif
+}
+
+TEST_CASE_TEMPLATE("token by token is the causal layer", T, float, double) {
+    POLYATTN_RANDOM(random);
+    const index_t n = 70, batch = 2, heads = 4, key_heads = 2, d = 6, e = 5;
+    const auto check = [&](const auto& layer) {
+        const auto q = random.tensor<T>({batch, heads, n, d}), k = random.tensor<T>({batch, key_heads, n, d}), v = random.tensor<T>({batch, key_heads, n, e});
+        const auto out = layer(q.view(), k.view(), v.view());
+        auto state = layer.template start<T>(batch, heads, key_heads, d, e);
+        const auto token = [](const Tensor<T>& x, index_t t) {
+            const TensorView<const T> all = x.view();
+            return tensor_view(all.data + t * all.strides[2], {all.extents[0], all.extents[1], 1, all.extents[3]}, {all.strides[0], all.strides[1], all.strides[2], 1});
+        };
+        double worst = 0;
+        for (index_t t = 0; t < n; ++t) {
+            const auto row = layer.step(state, token(q, t), token(k, t), token(v, t));
+            for (index_t b = 0; b < batch; ++b)
+                for (index_t h = 0; h < heads; ++h)
+                    for (index_t c = 0; c < e; ++c) worst = std::max(worst, std::abs(double(row.view().head(b, h)(0, c)) - double(out.view().head(b, h)(t, c))));
+        }
+        CHECK(state.tokens() == n);
+        // Both are within (hops + 1) (2 n + 3 d + ..) u of values below 6.5 (normal deviates of this size are); random features carry their exponents' errors.
+        CHECK(worst < 2 * 4 * (2 * n + 400) * unit<T> * 6.5);
+    };
+    check(Attention<Kernel<ReLU>, Causal>{});
+    check(Attention<Kernel<ReLU>, PPR<2>, Causal>{});
+    check(Attention<Kernel<EluPlusOne>, Causal>{});
+    check(Attention<Kernel<PositiveRandomFeatures, ExactOrMean>, Causal>{});
+    const Attention<Kernel<ReLU>, Causal> layer;
+    auto state = layer.template start<T>(1, 2, 1, 4, 4);
+    const auto wrong = random.tensor<T>({1, 2, 1, 5});
+    CHECK_THROWS_AS(layer.step(state, wrong.view(), wrong.view(), wrong.view()), invalid_input);
+    CHECK_THROWS_AS(layer.template start<T>(1, 3, 2, 4, 4), invalid_input);
+}
+
+TEST_CASE("random features estimate the exponential kernel") {
+    POLYATTN_RANDOM(random);
+    // Over iid directions phi(q) . phi(k) has mean e^(q.k / sqrt d) and variance e^(2 q.k) (e^(|q + k|^2) - 1) / m (scaled); M draws of m. The mean of N
+    // estimates is off by 7 deviations less than once in 1e11 if they were normal; by Chebyshev less than once in 49 for whatever they are,
+    // so the check is on bounded numbers: small vectors, where the estimates' skewness is below 10 and N = 4000 makes the mean normal.
+    const index_t d = 4, m = 8, repeats = 4000;
+    std::vector<double> q(d), k(d);
+    for (double& entry : q) entry = .4 * random.normal();
+    for (double& entry : k) entry = .4 * random.normal();
+    double dot = 0, square = 0;
+    for (std::size_t c = 0; c < d; ++c) {
+        dot += q[c] * k[c] / 2;  // sqrt(d) = 2
+        square += (q[c] + k[c]) * (q[c] + k[c]) / 2;
+    }
+    const auto estimate = [&](bool orthogonal, std::uint64_t seed) {
+        const auto directions = PositiveRandomFeatures{.features = m, .orthogonal = orthogonal, .seed = seed}.bind(d);
+        const auto exponents = [&](const std::vector<double>& x) { return detail::reference::log_features(*directions, MatrixView<const double>{x.data(), 1, d, d, 1}, 0); };
+        const auto a = exponents(q), b = exponents(k);
+        double sum = 0;
+        for (std::size_t r = 0; r < a.size(); ++r) sum += std::exp(a[r] + b[r]);
+        return sum;
+    };
+    const double exact = std::exp(dot), variance = std::exp(2 * dot) * (std::exp(square) - 1) / m;
+    double mean = 0, squares = 0, orthogonal_mean = 0, orthogonal_squares = 0;
+    for (index_t s = 0; s < repeats; ++s) {
+        const double iid = estimate(false, random.seed()) - exact, orthogonal = estimate(true, random.seed()) - exact;
+        mean += iid / repeats;
+        squares += iid * iid / repeats;
+        orthogonal_mean += orthogonal / repeats;
+        orthogonal_squares += orthogonal * orthogonal / repeats;
+    }
+    CHECK(std::abs(mean) < 7 * std::sqrt(variance / repeats));
+    CHECK(std::abs(orthogonal_mean) < 7 * std::sqrt(variance / repeats));
+    // Log-normal summands: the estimate's kurtosis is bounded by 3 + (e^(4 s) + 2 e^(3 s) + 3 e^(2 s) - 6) / m with s = |q + k|^2; the spread of a variance follows.
+    const double kurtosis = 3 + (std::exp(4 * square) + 2 * std::exp(3 * square) + 3 * std::exp(2 * square) - 6) / m;
+    CHECK(std::abs(squares / variance - 1) < 7 * std::sqrt((kurtosis - 1) / repeats));
+    CHECK(orthogonal_squares < variance * (1 + 7 * std::sqrt((kurtosis - 1) / repeats)));
+    // Directions of a block are orthogonal.
+    const auto directions = PositiveRandomFeatures{.features = 7, .seed = random.seed()}.bind(d);
+    for (index_t a = 0; a < 4; ++a)
+        for (index_t b = 0; b < a; ++b) {
+            double product = 0, lengths = 0;
+            for (std::size_t c = 0; c < d; ++c) {
+                product += directions->w[static_cast<std::size_t>(a * d) + c] * directions->w[static_cast<std::size_t>(b * d) + c];
+                lengths += std::abs(directions->w[static_cast<std::size_t>(a * d) + c] * directions->w[static_cast<std::size_t>(b * d) + c]);
+            }
+            CHECK(std::abs(product) < 64 * d * 0x1p-53 * (lengths + 1));
+        }
+}
+
+TEST_CASE("errors name the argument") {
+    const Tensor<float> x({1, 1, 4, 4});
+    const Attention<Kernel<ReLU>> layer;
+    const auto argument = [](auto&& call) {
+        try {
+            call();
+        } catch (const invalid_input& error) {
+            return error.argument();
+        }
+        return std::string("nothing thrown");
+    };
+    CHECK(argument([&] { layer(x.view(), x.view(), x.view(), {.dropout = {.weights = .1}}); }) == "dropout.weights");
+    CHECK(argument([&] { layer(x.view(), x.view(), x.view(), {.plan = Causal{}.plan(4, 4)}); }) == "plan");
+    CHECK(argument([&] { layer(x.view(), x.view(), x.view(), {.item_plans = {Dense{}.plan(4, 4)}}); }) == "item_plans");
+    CHECK(argument([] { Attention<Kernel<PositiveRandomFeatures>>{Kernel<PositiveRandomFeatures>{{.features = -1}}}; }) == "features");
+    CHECK(argument([] { Attention<Kernel<ReLU, AddEpsilon>>{Kernel<ReLU, AddEpsilon>{{}, {.epsilon = std::nan("")}}}; }) == "epsilon");
+}
