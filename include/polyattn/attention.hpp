@@ -1,615 +1,47 @@
 #pragma once
 
-#include <polyattn/backend/head.hpp>
-#include <polyattn/backend/reference/attention.hpp>
-#include <polyattn/backend/simd/attention.hpp>
-#include <polyattn/backend/simd/decode.hpp>
-#include <polyattn/backend/simd/recurrent_step.hpp>
-#include <polyattn/interface/adapt.hpp>
-#include <polyattn/policy/set.hpp>
-
-#include <optional>
+#include <polyattn/attention_layer.hpp>
+#include <polyattn/compressed_attention.hpp>
 
 POLYATTN_BEGIN_NAMESPACE
-
-/// What one call may set; nothing of it changes the layer.
-struct CallOptions {
-    /// Valid keys of each batch item; the keys behind are padding and have weight 0. Empty: all.
-    std::vector<index_t> key_lengths = {};
-    /// Valid queries of each batch item; the outputs behind are 0. Empty: as key_lengths if there are as many queries as keys
-    /// (self-attention), else all.
-    std::vector<index_t> query_lengths = {};
-    /// What samplers and dropout draw from.
-    Draw draw = {};
-    /// Training only.
-    Dropout dropout = {};
-    /// Used instead of the pattern's and sampler's own.
-    std::optional<Plan> plan = {};
-    /// The same with a plan for each batch item, where items differ: graphs, draws of their own.
-    std::vector<Plan> item_plans = {};
-    /// Scratch memory to reuse; one call at a time.
-    Workspace* workspace = nullptr;
-    /// Bytes that the stored weights of a head's tiles may take under diffusion and in backward; beyond, they are computed again. Weights
-    /// of edges are always stored: one number an edge.
-    std::size_t weight_budget = std::size_t{256} << 20;
-    /// into() adds to what the output holds: a residual connection.
-    bool accumulate = false;
-};
-
-/// What backward needs of a forward pass. Owns copies of q, k and v; of raw views it keeps the views, whose memory must then stay
-/// as it is until the last backward().
-template <class T>
-class Saved {
-public:
-    TensorView<const T> q() const { return view(q_, borrowed_[0]); }
-    TensorView<const T> k() const { return view(k_, borrowed_[1]); }
-    TensorView<const T> v() const { return view(v_, borrowed_[2]); }
-    const Plan& plan(index_t item = 0) const { return options_.item_plans.empty() ? *options_.plan : options_.item_plans[static_cast<std::size_t>(item)]; }
-    /// [batch * heads * queries], natural log. Of kernel scores: 1 / denominator, 0 for a row that is a mean, -infinity for an empty one.
-    std::span<const T> logsumexp() const { return logsumexp_; }
-
-private:
-    template <class...>
-    friend class AttentionLayer;
-
-    static TensorView<const T> view(const std::optional<Tensor<T>>& owned, const TensorView<const T>& borrowed) { return owned ? owned->view() : borrowed; }
-
-    std::optional<Tensor<T>> q_, k_, v_;
-    std::array<TensorView<const T>, 3> borrowed_{};
-    CallOptions options_;  // with the plans
-    std::vector<T> logsumexp_;
-    std::vector<T> hops_;  // Z_1 .. Z_K: [batch * heads][K][queries][value dim]
-    std::vector<T> states_;  // of kernel scores: what the operator keeps
-    std::size_t hop_count_ = 0;
-};
-
-/// What a causal kernel layer remembers of the tokens so far: sums of a fixed size for each head and hop. Made by start(), moved on by step().
-template <class T>
-class RecurrentState {
-public:
-    /// Tokens so far.
-    index_t tokens() const { return tokens_; }
-
-private:
-    template <class...>
-    friend class AttentionLayer;
-
-    std::array<index_t, 4> q_{};  // batch, heads, 1, dim
-    index_t key_heads_ = 0, value_dim_ = 0, tokens_ = 0;
-    std::vector<T> sums_;
-    Workspace workspace_;
-};
-
-/// Gradients with the shapes of q, k and v, and of the bias table (empty if the bias is not learned).
-template <class TensorType>
-struct Gradients {
-    TensorType q, k, v;
-    std::vector<double> bias;
-};
-
-template <class TensorType, class T>
-struct Forward {
-    TensorType out;
-    Saved<T> saved;
-};
-
-template <class TensorType, class LogsumexpType>
-struct OutputAndLogsumexp {
-    TensorType out;
-    LogsumexpType logsumexp;
-};
-
-/// The layer behind Attention<...>, with the policies sorted by kind.
-template <class... Kinds>
-class AttentionLayer;
-
-template <class Pattern, class Sampler, class Diffusion, class Score, class Bias, class Backend>
-class AttentionLayer<Pattern, Sampler, Diffusion, Score, Bias, Backend> {
-public:
-    template <class... Policies>
-    explicit AttentionLayer(std::tuple<Policies...> policies)
-        : pattern_(take<Pattern>(policies)), sampler_(take<Sampler>(policies)), diffusion_(take<Diffusion>(policies)), score_(take<Score>(policies)),
-          bias_(take<Bias>(policies)), cache_(std::make_shared<PlanCache>()) {
-        detail::validate(pattern_);
-        detail::validate(sampler_);
-        detail::validate(diffusion_);
-        detail::validate(score_);
-        detail::validate(bias_);
-        recursion_ = diffusion_.recursion();
-        check_recursion();
-    }
-
-    const Pattern& pattern() const { return pattern_; }
-    const Sampler& sampler() const { return sampler_; }
-    const Diffusion& diffusion() const { return diffusion_; }
-    const Bias& bias() const { return bias_; }
-    const Recursion& recursion() const { return recursion_; }
-    /// This layer with another bias of the same type: a table that training changed. Shares the plans. Throws invalid_input.
-    AttentionLayer with_bias(Bias bias) const {
-        detail::validate(bias);
-        AttentionLayer other = *this;
-        other.bias_ = std::move(bias);
-        return other;
-    }
-
-    /// Which keys each query sees. The last 8 for other (queries, keys, draw of the sampler) are kept; copies of a layer share them.
-    /// Throws invalid_input if the pattern does not exist for these numbers.
-    Plan plan(index_t queries, index_t keys, const Draw& draw = {}) const {
-        const typename PlanCache::Key key{queries, keys, samples ? draw : Draw{}};
-        const std::lock_guard lock(cache_->mutex);
-        for (const auto& [known, plan] : cache_->plans)
-            if (known == key) return plan;
-        Plan made = make_plan(queries, keys, draw);
-        if (cache_->plans.size() == PlanCache::capacity) cache_->plans.erase(cache_->plans.begin());
-        cache_->plans.emplace_back(key, made);
-        return made;
-    }
-
-    /// The plans of a call with a batch: one for all items, or one for each where the sampler draws per item or the options name them.
-    /// Throws invalid_input.
-    std::vector<Plan> plans(index_t batch, index_t queries, index_t keys, const CallOptions& options) const {
-        check_lengths(options.key_lengths, batch, keys, "key_lengths");
-        const Plans found = plans_for(options, batch, queries, keys);
-        if (found.shared) return {*found.shared};
-        return {found.items.begin(), found.items.end()};
-    }
-
-    /// out = polynomial in A of V.
-    /// Shapes: q [.., heads, queries, d], k [.., key heads, keys, d], v [.., key heads, keys, e] -> [.., heads, queries, e], rank
-    /// 2 to 4, any expressions of xtensor or raw views (tensor_view); key heads divide heads (grouped-query attention).
-    /// Throws invalid_input. Bitwise the same for any number of threads. O(pairs (d + K e)) flops, O(n (d + e)) memory and one
-    /// head's weights a thread (of tiles at most CallOptions::weight_budget). Source: Diffuser (AAAI 2023), "attention diffusion".
-    template <class Q, class K, class V>
-    auto operator()(const Q& q, const K& k, const V& v, const CallOptions& options = {}) const {
-        using T = common_element<Q, K, V>;
-        const detail::Adapted<T> aq(q, "q"), ak(k, "k"), av(v, "v");
-        check_shapes(aq.view(), ak.view(), av.view());
-        auto out = detail::make_result<Q, T>(detail::shape_like(aq.view(), {aq.view().tokens(), av.view().dim()}));
-        run<T>(aq.view(), ak.view(), av.view(), memory_of(out), options, nullptr, nullptr, false);
-        return out;
-    }
-
-    /// The same, and log(sum_j exp(score_ij)) of every query, natural log, [.., heads, queries]; -inf for a query without keys.
-    template <class Q, class K, class V>
-    auto with_logsumexp(const Q& q, const K& k, const V& v, const CallOptions& options = {}) const {
-        static_assert(!kernel, "polyattn: with_logsumexp() is of Softmax; kernel scores have no logarithm");
-        using T = common_element<Q, K, V>;
-        const detail::Adapted<T> aq(q, "q"), ak(k, "k"), av(v, "v");
-        check_shapes(aq.view(), ak.view(), av.view());
-        auto out = detail::make_result<Q, T>(detail::shape_like(aq.view(), {aq.view().tokens(), av.view().dim()}));
-        auto logsumexp = detail::make_result<Q, T, 1>(detail::shape_like(aq.view(), {aq.view().tokens()}));
-        run<T>(aq.view(), ak.view(), av.view(), memory_of(out), options, logsumexp.data(), nullptr, false);
-        return OutputAndLogsumexp<decltype(out), decltype(logsumexp)>{std::move(out), std::move(logsumexp)};
-    }
-
-    /// The same, written to `out`, which must not overlap the inputs: a tensor or view with memory, or a raw view. With a plan
-    /// and a workspace in `options` and inputs that have memory, a repeated call allocates nothing. Throws invalid_input.
-    template <class Out, class Q, class K, class V>
-    void into(Out&& out, const Q& q, const K& k, const V& v, const CallOptions& options = {}) const {
-        using T = common_element<Q, K, V>;
-        static_assert(detail::has_memory<Out>, "polyattn: into() writes to tensors, views with strides, or raw views; assign other expressions from the result");
-        static_assert(std::is_same_v<detail::element_t<Out>, T>, "polyattn: out must have the inputs' value type");
-        const detail::Adapted<T> aq(q, "q"), ak(k, "k"), av(v, "v");
-        run<T>(aq.view(), ak.view(), av.view(), detail::memory_view(out, "out"), options, nullptr, nullptr, options.accumulate);
-    }
-
-    /// Forward pass for training: the output and what backward() needs. Memory O(K n e) a head for Z_1 .. Z_K. Throws invalid_input.
-    template <class Q, class K, class V>
-    auto forward(const Q& q, const K& k, const V& v, const CallOptions& options = {}) const {
-        using T = common_element<Q, K, V>;
-        const detail::Adapted<T> aq(q, "q"), ak(k, "k"), av(v, "v");
-        check_shapes(aq.view(), ak.view(), av.view());
-        auto out = detail::make_result<Q, T>(detail::shape_like(aq.view(), {aq.view().tokens(), av.view().dim()}));
-        Saved<T> saved;
-        forward_into(memory_of(out), saved, q, k, v, options);
-        return Forward<decltype(out), T>{std::move(out), std::move(saved)};
-    }
-
-    /// The same, written to `out` and to a `saved` of an earlier pass, whose memory is used again. Throws invalid_input.
-    template <class Out, class T, class Q, class K, class V>
-    void forward_into(Out&& out, Saved<T>& saved, const Q& q, const K& k, const V& v, const CallOptions& options = {}) const {
-        static_assert(std::is_same_v<common_element<Q, K, V>, T> && std::is_same_v<detail::element_t<Out>, T>, "polyattn: out and saved must have the inputs' value type");
-        const detail::Adapted<T> aq(q, "q"), ak(k, "k"), av(v, "v");
-        if constexpr (detail::is_raw_view<Q> && detail::is_raw_view<K> && detail::is_raw_view<V>) saved.borrowed_ = {aq.view(), ak.view(), av.view()};
-        else {
-            saved.q_ = copy_of(aq.view());
-            saved.k_ = copy_of(ak.view());
-            saved.v_ = copy_of(av.view());
-        }
-        saved.options_ = planned(aq.view(), ak.view(), av.view(), options);
-        saved.options_.workspace = nullptr;
-        const auto lines = static_cast<std::size_t>(aq.view().batch()) * static_cast<std::size_t>(aq.view().heads()) * static_cast<std::size_t>(aq.view().tokens());
-        saved.hop_count_ = recursion_.hops.size();
-        saved.logsumexp_.resize(lines);
-        saved.hops_.resize(lines * recursion_.hops.size() * static_cast<std::size_t>(av.view().dim()));
-        saved.states_.resize(static_cast<std::size_t>(offset_t{aq.view().batch()} * aq.view().heads() * state_size<T>(aq.view().dim(), av.view().dim())));
-        CallOptions with_plans = saved.options_;
-        with_plans.workspace = options.workspace;
-        run<T>(aq.view(), ak.view(), av.view(), detail::memory_view(out, "out"), with_plans, saved.logsumexp_.data(), saved.hops_.data(), options.accumulate, saved.states_.data());
-    }
-
-    /// Gradients of q, k, v and a learned bias from d_out = dL/dout, in tensors like d_out. `saved` must come from forward() of
-    /// this layer or a copy; its options hold, of `options` only the workspace is used. Repeatable; deterministic, without atomics.
-    /// Throws invalid_input unless d_out has the output's shape and `saved` fits. (4 K + 4) d flops a pair and the scores again.
-    template <class T, class D>
-    auto backward(const Saved<T>& saved, const D& d_out, const CallOptions& options = {}) const {
-        const auto like = [](const TensorView<const T>& view) { return detail::make_result<D, T>(detail::shape_like(view, {view.tokens(), view.dim()})); };
-        Gradients<decltype(like(saved.q()))> gradients{like(saved.q()), like(saved.k()), like(saved.v()), {}};
-        backward_into(gradients, saved, d_out, options);
-        return gradients;
-    }
-
-    /// The same, written to `gradients`, whose tensors must have the shapes of q, k and v: as backward() returned them before. With a
-    /// workspace in `options` a repeated call allocates little more than a few numbers a head. Throws invalid_input.
-    template <class TensorType, class T, class D>
-    void backward_into(Gradients<TensorType>& gradients, const Saved<T>& saved, const D& d_out, const CallOptions& options = {}) const {
-        static_assert(std::is_same_v<detail::element_t<D>, T>, "polyattn: d_out must have the inputs' value type");
-        static_assert(std::is_same_v<decltype(memory_of(gradients.q)), TensorView<T>>, "polyattn: gradients must have the inputs' value type");
-        const detail::Adapted<T> ad(d_out, "d_out");
-        const TensorView<const T> q = saved.q(), k = saved.k(), v = saved.v(), d = ad.view();
-        require_shape(d, {q.extents[0], q.extents[1], q.extents[2], v.extents[3]}, q.rank, "d_out");
-        detail::require(saved.hop_count_ == recursion_.hops.size(), "saved", [&] { return detail::text("a forward pass of this layer, with ", recursion_.hops.size(), " hops"); },
-                        saved.hop_count_);
-        if constexpr (requires { bias_.check_heads(q.heads()); }) bias_.check_heads(q.heads());
-        const TensorView<T> vq = memory_of(gradients.q), vk = memory_of(gradients.k), vv = memory_of(gradients.v);
-        require_shape(vq, q.extents, q.rank, "gradients.q");
-        require_shape(vk, k.extents, k.rank, "gradients.k");
-        require_shape(vv, v.extents, v.rank, "gradients.v");
-        for (const TensorView<T>& view : {vq, vk, vv}) fill_with_zeros(view);
-        const auto& bound = bind(q, k);
-        std::vector<double>& d_bias = gradients.bias;
-        d_bias.clear();
-        if constexpr (LearnedBias<std::remove_cvref_t<decltype(bound)>>) d_bias.resize(bound.gradient_size(), 0.);
-
-        Workspace own;
-        Workspace& workspace = options.workspace ? *options.workspace : own;
-        const index_t group = k.heads() == 0 ? 0 : q.heads() / k.heads();
-        const offset_t items = offset_t{k.batch()} * k.heads();
-        // Each run of items adds to a bias gradient of its own, and these are added in order: the order never depends on threads.
-        const offset_t runs = d_bias.empty() ? items : std::min<offset_t>(items, 16);
-        std::vector<double> bias_parts(static_cast<std::size_t>(runs) * d_bias.size(), 0.);
-        for_each_item(runs, workspace, options.workspace != nullptr, [&](offset_t run, detail::Workers& workers) {
-            for (offset_t query_item = items * run / runs * group; query_item < items * (run + 1) / runs * group; ++query_item) {
-                const offset_t item = query_item / group;
-                const auto b = static_cast<index_t>(item / k.heads()), kh = static_cast<index_t>(item % k.heads());
-                const auto h = static_cast<index_t>(kh * group + query_item % group);
-                const offset_t line = offset_t{b} * q.heads() + h;
-                const auto head = make_head<T>(q, k, v, saved.plan(b), bound, saved.options_, b, h, kh);
-                detail::HeadGradient<T> gradient{d.head(b, h), saved.logsumexp_.data() + line * q.tokens(),
-                                                 saved.hops_.data() + line * static_cast<offset_t>(recursion_.hops.size()) * q.tokens() * v.dim(),
-                                                 saved.states_.data() + line * state_size<T>(q.dim(), v.dim()),
-                                                 vq.head(b, h), vk.head(b, kh), vv.head(b, kh),
-                                                 std::span<double>(bias_parts).subspan(static_cast<std::size_t>(run) * d_bias.size(), d_bias.size())};
-                detail::Workers scratch = workers.nested();
-                if constexpr (std::is_same_v<Backend, Reference>) detail::reference::backward(head, gradient, scratch);
-                else detail::simd::backward<Arch>(head, gradient, scratch);
-            }
-        });
-        for (std::size_t at = 0; at < bias_parts.size(); ++at) d_bias[at % d_bias.size()] += bias_parts[at];
-    }
-
-    /// The state in front of the first token, for step().
-    template <class T>
-    RecurrentState<T> start(index_t batch, index_t heads, index_t key_heads, index_t dim, index_t value_dim) const {
-        static_assert(kernel && detail::is_causal<Pattern>() && !std::is_same_v<Backend, Reference>, "polyattn: start() and step() are of causal kernel scores: Attention<Kernel<Features>, Causal>");
-        detail::require(batch >= 0, "batch", "a number >= 0", batch);
-        detail::require(heads >= 1, "heads", "a number >= 1", heads);
-        detail::require(key_heads >= 1 && heads % key_heads == 0, "key_heads", [&] { return detail::text("a number that divides the ", heads, " heads"); }, key_heads);
-        detail::require(dim >= 1, "dim", "a head dimension >= 1", dim);
-        detail::require(value_dim >= 0, "value_dim", "a number of columns >= 0", value_dim);
-        RecurrentState<T> state;
-        state.q_ = {batch, heads, 1, dim};
-        state.key_heads_ = key_heads;
-        state.value_dim_ = value_dim;
-        state.sums_.assign(static_cast<std::size_t>(offset_t{batch} * heads * detail::simd::recurrent_size<T, Arch>(feature_count(dim), value_dim, recursion_.hops.size())), T(0));
-        return state;
-    }
-    /// The next token of every sequence: q [.., heads, 1, d], k [.., key heads, 1, d], v [.., key heads, 1, e] -> [.., heads, 1, e], what the causal
-    /// layer gives for the last of all tokens so far, up to rounding. O(f e) a head and hop, for f features, whatever came before. Throws
-    /// invalid_input. Source: Katharopoulos et al., "Transformers are RNNs" (2020), equations 16 to 20.
-    template <class T, class Q, class K, class V>
-    auto step(RecurrentState<T>& state, const Q& q, const K& k, const V& v) const {
-        static_assert(std::is_same_v<common_element<Q, K, V>, T>, "polyattn: state must have the inputs' value type");
-        const detail::Adapted<T> aq(q, "q"), ak(k, "k"), av(v, "v");
-        const TensorView<const T> vq = aq.view(), vk = ak.view(), vv = av.view();
-        check_shapes(vq, vk, vv);
-        require_shape(vq, state.q_, vq.rank, "q");
-        require_shape(vk, {state.q_[0], state.key_heads_, 1, state.q_[3]}, vk.rank, "k");
-        require_shape(vv, {state.q_[0], state.key_heads_, 1, state.value_dim_}, vv.rank, "v");
-        auto out = detail::make_result<Q, T>(detail::shape_like(vq, {1, vv.dim()}));
-        const TensorView<T> to = memory_of(out);
-        const auto& bound = bind(vq, vk);
-        const Plan plan = pattern_.plan(1, 1);
-        const index_t heads = vq.heads(), group = heads / state.key_heads_;
-        const offset_t size = detail::simd::recurrent_size<T, Arch>(feature_count(vq.dim()), vv.dim(), recursion_.hops.size());
-        ++state.tokens_;
-        for_each_item(offset_t{vq.batch()} * heads, state.workspace_, true, [&](offset_t item, detail::Workers& workers) {
-            const auto b = static_cast<index_t>(item / heads), h = static_cast<index_t>(item % heads);
-            const auto head = make_head<T>(vq, vk, vv, plan, bound, {}, b, h, h / group);
-            detail::simd::recurrent_step<Arch>(head, state.tokens_, state.sums_.data() + item * size, to.head(b, h), workers[0]);
-        });
-        return out;
-    }
-
-    /// Does all the checks of operator() on the same arguments and returns the options with the plans that it would use. Throws invalid_input.
-    template <class Q, class K, class V>
-    CallOptions planned(const Q& q, const K& k, const V& v, CallOptions options) const {
-        using T = common_element<Q, K, V>;
-        const detail::Adapted<T> aq(q, "q"), ak(k, "k"), av(v, "v");
-        Plans plans = check<T>(aq.view(), ak.view(), av.view(), options);
-        if (!plans.drawn.empty()) options.item_plans = std::move(plans.drawn);
-        else if (options.item_plans.empty()) options.plan = std::move(plans.shared);
-        return options;
-    }
-
-private:
-    static constexpr bool samples = !std::is_same_v<Sampler, AllSources>;
-    static constexpr bool kernel = detail::is_kernel<Score>;
-    template <class B>
-    struct arch_of {
-        using type = void;
-    };
-    template <class A>
-    struct arch_of<Simd<A>> {
-        using type = detail::simd::arch_or_default<A>;
-    };
-    using Arch = typename arch_of<Backend>::type;
-
-    struct PlanCache {
-        static constexpr std::size_t capacity = 8;
-        struct Key {
-            index_t queries, keys;
-            Draw draw;
-            friend bool operator==(const Key&, const Key&) = default;
-        };
-        std::mutex mutex;
-        std::vector<std::pair<Key, Plan>> plans;
-    };
-
-    template <class P, class... Policies>
-    static P take(std::tuple<Policies...>& policies) {
-        if constexpr ((std::is_same_v<P, Policies> || ...)) return std::move(std::get<P>(policies));
-        else return P{};
-    }
-
-    template <class Q, class K, class V>
-    struct same_elements {
-        using T = detail::element_t<Q>;
-        static_assert(std::is_same_v<T, float> || std::is_same_v<T, double>, "polyattn: tensors of float or double are wanted; cast q, k and v");
-        static_assert(std::is_same_v<T, detail::element_t<K>> && std::is_same_v<T, detail::element_t<V>>, "polyattn: q, k and v must have one value type; cast them");
-    };
-    template <class Q, class K, class V>
-    using common_element = typename same_elements<Q, K, V>::T;
-
-    template <class Result>
-    static auto memory_of(Result& result) {
-        if constexpr (requires { result.view(); }) return result.view();
-        else return detail::memory_view(result, "out");
-    }
-    template <class T>
-    static void fill_with_zeros(const TensorView<T>& view) {
-        for (index_t b = 0; b < view.batch(); ++b)
-            for (index_t h = 0; h < view.heads(); ++h) {
-                const MatrixView<T> head = view.head(b, h);
-                for (index_t i = 0; i < head.rows; ++i)
-                    if (head.col_stride == 1) std::fill_n(head.row(i), head.cols, T(0));
-                    else
-                        for (index_t c = 0; c < head.cols; ++c) head(i, c) = T(0);
-            }
-    }
-    template <class T>
-    static Tensor<T> copy_of(const TensorView<const T>& view) {
-        Tensor<T> copy(detail::shape_like(view, {view.tokens(), view.dim()}));
-        T* to = copy.data();
-        for (index_t b = 0; b < view.batch(); ++b)
-            for (index_t h = 0; h < view.heads(); ++h) {
-                const auto head = view.head(b, h);
-                for (index_t i = 0; i < head.rows; ++i)
-                    for (index_t c = 0; c < head.cols; ++c) *to++ = head(i, c);
-            }
-        return copy;
-    }
-
-    void check_recursion() const {
-        const auto check = [](double factor) { detail::require(detail::is_finite(factor), "recursion", "finite factors", "one that is not"); };
-        check(recursion_.start);
-        for (const Hop& hop : recursion_.hops) {
-            check(hop.walk);
-            check(hop.teleport);
-        }
-    }
-    /// A V alone has any number of queries; everything else feeds outputs back as values.
-    bool needs_square() const { return recursion_.hops.size() != 1 || recursion_.hops[0].teleport != 0; }
-
-    template <class T>
-    static void require_shape(const TensorView<T>& view, const std::array<index_t, 4>& extents, int rank, const char* argument) {
-        const TensorView<T> wanted{nullptr, extents, {}, rank};
-        if (view.extents != extents || view.rank != rank) throw invalid_input(argument, detail::shape_text(wanted), detail::shape_text(view));
-    }
-
-    template <class T>
-    void check_shapes(const TensorView<const T>& q, const TensorView<const T>& k, const TensorView<const T>& v) const {
-        detail::require(q.dim() >= 1, "q", "a head dimension >= 1", q.dim());
-        detail::require(k.heads() == q.heads() || (k.heads() > 0 && q.heads() % k.heads() == 0), "k",
-                        [&] { return detail::text("a number of heads that divides q's ", q.heads()); }, k.heads());
-        require_shape(k, {q.extents[0], k.extents[1], k.extents[2], q.extents[3]}, q.rank, "k");
-        require_shape(v, {q.extents[0], k.extents[1], k.extents[2], v.extents[3]}, q.rank, "v");
-        if (needs_square() && q.tokens() != k.tokens())
-            throw invalid_input("k", detail::text("as many keys as queries for diffusion, ", q.tokens()), std::to_string(k.tokens()));
-        if constexpr (requires { bias_.check_heads(q.heads()); }) bias_.check_heads(q.heads());
-    }
-
-    static void check_lengths(const std::vector<index_t>& lengths, index_t batch, index_t tokens, const char* argument) {
-        if (lengths.empty()) return;
-        detail::require(lengths.size() == static_cast<std::size_t>(batch), argument, [&] { return detail::text("one length for each of ", batch, " batch items"); }, lengths.size());
-        for (const index_t length : lengths)
-            detail::require(length >= 0 && length <= tokens, argument, [&] { return detail::text("lengths from 0 to ", tokens); }, length);
-    }
-
-    Plan make_plan(index_t queries, index_t keys, const Draw& draw) const {
-        if constexpr (!samples) return pattern_.plan(queries, keys);
-        else return thinned(sampler_.sample(queries, keys, draw, detail::is_causal<Pattern>()));
-    }
-    Plan thinned(Plan sampled) const {
-        if constexpr (std::is_same_v<Pattern, Dense>) return sampled;
-        else return intersect(pattern_.plan(sampled.queries(), sampled.keys()), sampled);
-    }
-
-    /// The plans of a call: `shared` by all batch items, or those of `items`, which are the caller's or drawn for this call.
-    struct Plans {
-        std::optional<Plan> shared;
-        std::span<const Plan> items;
-        std::vector<Plan> drawn;
-        const Plan& of(index_t item) const { return items.empty() ? *shared : items[static_cast<std::size_t>(item)]; }
-    };
-    Plans plans_for(const CallOptions& options, index_t batch, index_t queries, index_t keys) const {
-        const auto check = [&](const Plan& plan, const char* argument) {
-            if (plan.queries() != queries || plan.keys() != keys)
-                throw invalid_input(argument, detail::text(queries, " queries x ", keys, " keys"), detail::text(plan.queries(), " x ", plan.keys()));
-        };
-        Plans plans;
-        if (!options.item_plans.empty()) {
-            detail::require(!options.plan, "item_plans", "none beside plan", options.item_plans.size());
-            detail::require(options.item_plans.size() == static_cast<std::size_t>(batch), "item_plans", [&] { return detail::text("one for each of ", batch, " batch items"); }, options.item_plans.size());
-            for (const Plan& plan : options.item_plans) check(plan, "item_plans");
-            plans.items = options.item_plans;
-        } else if (options.plan) {
-            check(*options.plan, "plan");
-            plans.shared = *options.plan;
-        } else if (draws_per_item()) {
-            if constexpr (PerItemSampler<Sampler>)
-                for (index_t b = 0; b < batch; ++b)
-                    plans.drawn.push_back(thinned(sampler_.sample_item(queries, keys, b, options.key_lengths.empty() ? keys : options.key_lengths[static_cast<std::size_t>(b)],
-                                                                       options.draw, detail::is_causal<Pattern>())));
-            plans.items = plans.drawn;
-        } else plans.shared = plan(queries, keys, options.draw);
-        return plans;
-    }
-    bool draws_per_item() const {
-        if constexpr (PerItemSampler<Sampler>) return sampler_.draws_per_item();
-        else return false;
-    }
-
-    template <class T>
-    Plans check(const TensorView<const T>& q, const TensorView<const T>& k, const TensorView<const T>& v, const CallOptions& options) const {
-        check_shapes(q, k, v);
-        check_lengths(options.key_lengths, q.batch(), k.tokens(), "key_lengths");
-        check_lengths(options.query_lengths, q.batch(), q.tokens(), "query_lengths");
-        options.dropout.validate();
-        if constexpr (kernel) {
-            detail::require(options.dropout.weights == 0, "dropout.weights", "0 with kernel scores, whose weights are never formed", options.dropout.weights);
-            if (options.plan && options.plan->queries() == q.tokens() && options.plan->keys() == k.tokens())
-                detail::require(options.plan->count() == plan(q.tokens(), k.tokens()).count(), "plan", "none with kernel scores, or the pattern's own", "one of other pairs");
-            detail::require(options.item_plans.empty(), "item_plans", "none with kernel scores", options.item_plans.size());
-        }
-        return plans_for(options, q.batch(), q.tokens(), k.tokens());
-    }
-
-    /// What a score needs beside a head's q, k and v: the bound bias, or the bound feature map.
-    template <class T>
-    decltype(auto) bind(const TensorView<const T>& q, const TensorView<const T>& k) const {
-        if constexpr (kernel) return detail::bind_features(score_.features, q.dim());
-        else return detail::bind_bias(bias_, q.tokens(), k.tokens());
-    }
-    template <class T, class Bound>
-    auto make_head(const TensorView<const T>& q, const TensorView<const T>& k, const TensorView<const T>& v, const Plan& plan, const Bound& bound, const CallOptions& options,
-                   index_t b, index_t h, index_t kh) const {
-        const auto item = static_cast<std::size_t>(b);
-        const index_t keys = options.key_lengths.empty() ? k.tokens() : options.key_lengths[item];
-        const index_t queries = !options.query_lengths.empty() ? options.query_lengths[item] : q.tokens() == k.tokens() ? keys : q.tokens();
-        const detail::DropoutMask dropout(options.dropout, options.draw, offset_t{b} * q.heads() + h);
-        if constexpr (kernel) {
-            const detail::ZeroRow zero = detail::zero_row(score_, !std::is_same_v<Diffusion, NoDiffusion>);
-            return detail::KernelHead<T, Bound>{q.head(b, h), k.head(b, kh), v.head(b, kh), &plan, &recursion_, &bound, zero, detail::epsilon_of(score_, zero),
-                                                detail::is_causal<Pattern>(), b, h, queries, keys, dropout};
-        } else
-            return detail::Head<T, Bound>{q.head(b, h), k.head(b, kh), v.head(b, kh), &plan, &recursion_, &bound, score_.factor(q.dim()), b, h, queries, keys, dropout,
-                                          options.weight_budget};
-    }
-    /// Numbers that the operator of a head keeps for backward.
-    template <class T>
-    offset_t state_size([[maybe_unused]] index_t dim, [[maybe_unused]] index_t value_dim) const {
-        if constexpr (kernel && !std::is_same_v<Backend, Reference>) {
-            using Bound = decltype(detail::bind_features(score_.features, dim));
-            return detail::simd::KernelAttention<T, Arch, Bound>::state_size(feature_count(dim), value_dim, recursion_.hops.size(), detail::is_causal<Pattern>());
-        } else return 0;
-    }
-    index_t feature_count(index_t dim) const {
-        if constexpr (requires { score_.features.count(dim); }) return score_.features.count(dim);
-        else return dim;
-    }
-
-    /// f(item, workers): items side by side, or, when there are fewer than threads, one after the other with all threads inside.
-    template <class F>
-    static void for_each_item(offset_t items, Workspace& workspace, bool reused, F&& f) {
-        const int threads = worker_count();
-        workspace.prepare(threads);
-        if (items >= threads) {
-            parallel_for(items, [&](offset_t item, int worker) {
-                detail::Workers workers(workspace, worker, 1);
-                f(item, workers);
-            });
-            if (reused) workspace.level();
-        } else
-            for (offset_t item = 0; item < items; ++item) {
-                detail::Workers workers(workspace, 0, threads);
-                f(item, workers);
-            }
-    }
-
-    template <class T>
-    void run(const TensorView<const T>& q, const TensorView<const T>& k, const TensorView<const T>& v, const TensorView<T>& out, const CallOptions& options, T* logsumexp,
-             T* hops, bool accumulate, T* states = nullptr) const {
-        const Plans plans = check<T>(q, k, v, options);
-        require_shape(out, {q.extents[0], q.extents[1], q.extents[2], v.extents[3]}, q.rank, "out");
-        const auto& bound = bind(q, k);
-        Workspace own;
-        Workspace& workspace = options.workspace ? *options.workspace : own;
-        const index_t group = k.heads() == 0 ? 0 : q.heads() / k.heads();
-        const offset_t states_of_head = states ? state_size<T>(q.dim(), v.dim()) : 0;
-        const auto lines = static_cast<offset_t>(recursion_.hops.size()) * q.tokens() * v.dim();
-        if constexpr (!std::is_same_v<Backend, Reference> && !kernel)
-            if (q.tokens() == 1 && group > 0 && plans.items.empty() && detail::simd::is_decoding(make_head<T>(q, k, v, *plans.shared, bound, options, 0, 0, 0))) {
-                // Heads that share keys read them once.
-                for_each_item(offset_t{k.batch()} * k.heads(), workspace, options.workspace != nullptr, [&](offset_t item, detail::Workers& workers) {
-                    using Head = decltype(make_head<T>(q, k, v, *plans.shared, bound, options, 0, 0, 0));
-                    const auto heads = workers[0].template take<Head>(group);
-                    const auto results = workers[0].template take<detail::HeadResult<T>>(group);
-                    const auto b = static_cast<index_t>(item / k.heads()), kh = static_cast<index_t>(item % k.heads());
-                    for (index_t m = 0; m < group; ++m) {
-                        const index_t h = kh * group + m;
-                        const offset_t line = offset_t{b} * q.heads() + h;
-                        heads[static_cast<std::size_t>(m)] = make_head<T>(q, k, v, plans.of(b), bound, options, b, h, kh);
-                        results[static_cast<std::size_t>(m)] = {out.head(b, h), accumulate, logsumexp ? logsumexp + line : nullptr, hops ? hops + line * lines : nullptr, nullptr};
-                    }
-                    detail::simd::decode<Arch>(std::span<const Head>(heads), std::span<const detail::HeadResult<T>>(results), workers);
-                });
-                return;
-            }
-        for_each_item(offset_t{q.batch()} * q.heads(), workspace, options.workspace != nullptr, [&](offset_t item, detail::Workers& workers) {
-            const auto b = static_cast<index_t>(item / q.heads()), h = static_cast<index_t>(item % q.heads());
-            const auto head = make_head<T>(q, k, v, plans.of(b), bound, options, b, h, h / group);
-            const detail::HeadResult<T> result{out.head(b, h), accumulate, logsumexp ? logsumexp + item * q.tokens() : nullptr, hops ? hops + item * lines : nullptr,
-                                               states ? states + item * states_of_head : nullptr};
-            if constexpr (std::is_same_v<Backend, Reference>) detail::reference::forward(head, result, workers);
-            else detail::simd::forward<Arch>(head, result, workers);
-        });
-    }
-
-    Pattern pattern_;
-    Sampler sampler_;
-    Diffusion diffusion_;
-    Score score_;
-    Bias bias_;
-    Recursion recursion_;
-    std::shared_ptr<PlanCache> cache_;
-};
 
 namespace detail {
 
 template <class... Ps>
 using Layer = AttentionLayer<typename PolicySet<Ps...>::Pattern, typename PolicySet<Ps...>::Sampler, typename PolicySet<Ps...>::Diffusion,
                              typename PolicySet<Ps...>::Score, typename PolicySet<Ps...>::Bias, typename PolicySet<Ps...>::Backend>;
+
+/// Attention to landmarks: a layer of one hop, whose kernel scores don't add an epsilon under diffusion.
+template <class Score, class Diffusion>
+struct landmark_score {
+    using type = Score;
+};
+template <class F, class Diffusion>
+    requires(!std::same_as<Diffusion, NoDiffusion>)
+struct landmark_score<Kernel<F, DefaultDenominator>, Diffusion> {
+    using type = Kernel<F, ExactOrMean>;
+};
+template <class Compression, class Diffusion, class Score, class Backend>
+class LandmarkLayer : public CompressedLayer<Compression, Diffusion, AttentionLayer<Dense, AllSources, NoDiffusion, typename landmark_score<Score, Diffusion>::type, NoBias, Backend>> {
+    using Inner = AttentionLayer<Dense, AllSources, NoDiffusion, typename landmark_score<Score, Diffusion>::type, NoBias, Backend>;
+
+public:
+    template <class... Policies>
+    explicit LandmarkLayer(std::tuple<Policies...> policies)
+        : CompressedLayer<Compression, Diffusion, Inner>(given<Compression>(policies), given<Diffusion>(policies), Inner(std::tuple(inner_score(given<Score>(policies))))) {}
+
+private:
+    template <class P, class... Policies>
+    static P given(const std::tuple<Policies...>& policies) {
+        if constexpr ((std::is_same_v<P, Policies> || ...)) return std::get<P>(policies);
+        else return P{};
+    }
+    static auto inner_score(const Score& score) {
+        using Wanted = typename landmark_score<Score, Diffusion>::type;
+        if constexpr (std::same_as<Wanted, Score>) return score;
+        else return Wanted{score.features, {}};
+    }
+};
 
 template <class P, class... Ps>
 inline constexpr bool is_one_of = (std::same_as<P, Ps> || ...);
@@ -619,15 +51,20 @@ struct layer_or_stub {
     using type = InvalidAttention;
 };
 template <class... Ps>
-    requires(PolicySet<Ps...>::valid)
+    requires(PolicySet<Ps...>::valid && !PolicySet<Ps...>::compresses)
 struct layer_or_stub<Ps...> {
     using type = Layer<Ps...>;
+};
+template <class... Ps>
+    requires(PolicySet<Ps...>::valid && PolicySet<Ps...>::compresses)
+struct layer_or_stub<Ps...> {
+    using type = LandmarkLayer<typename PolicySet<Ps...>::Compression, typename PolicySet<Ps...>::Diffusion, typename PolicySet<Ps...>::Score, typename PolicySet<Ps...>::Backend>;
 };
 
 }  // namespace detail
 
 /// An attention layer made of policies, in any order, at most one of a kind; kinds not named have neutral defaults (Dense,
-/// AllSources, NoDiffusion, Softmax, NoBias, Simd<>).
+/// AllSources, NoCompression, NoDiffusion, Softmax, NoBias, Simd<>).
 ///     Attention<LocalGlobalRandom, PPR<5>> attention;                              // Diffuser, paper defaults
 ///     Attention attention{LocalGlobalRandom{.window = 64}, PPR<5>{.alpha = .2}};   // with parameters
 /// Every parameter is checked here (throws invalid_input). Immutable; copies share plans; all calls are const and may run at
@@ -640,6 +77,7 @@ class Attention : public detail::layer_or_stub<Ps...>::type {
     static_assert(Set::template at_most_one<sparsity_pattern_kind>, "polyattn::Attention: two SparsityPatterns; join them with Union or Intersection");
     static_assert(Set::template at_most_one<sampler_kind>, "polyattn::Attention: two SamplerPolicies; keep one");
     static_assert(Set::template at_most_one<diffusion_kind>, "polyattn::Attention: two DiffusionPolicies; keep one, or merge their coefficients in a Polynomial");
+    static_assert(Set::template at_most_one<compression_kind>, "polyattn::Attention: two CompressionPolicies; keep one");
     static_assert(Set::template at_most_one<score_kind>, "polyattn::Attention: two ScorePolicies; keep one");
     static_assert(Set::template at_most_one<bias_kind>, "polyattn::Attention: two BiasPolicies; add them in one FunctionBias");
     static_assert(Set::template at_most_one<backend_kind>, "polyattn::Attention: two backends; keep one of Reference and Simd<>");
@@ -652,6 +90,11 @@ class Attention : public detail::layer_or_stub<Ps...>::type {
     static_assert(!Set::kernel || Set::kernel_pattern, "polyattn::Attention: Kernel scores see all keys, or with Causal all earlier ones; other patterns and samplers need Softmax");
     static_assert(!Set::kernel || std::same_as<typename Set::Bias, NoBias>, "polyattn::Attention: Kernel scores take no BiasPolicy; use Softmax");
     static_assert(!Set::diffuses_epsilon, "polyattn::Attention: with AddEpsilon rows do not sum to 1, so a DiffusionPolicy needs Kernel<Features, ExactOrMean>");
+    static_assert(CompressionPolicy<typename Set::Compression>, "polyattn::Attention: a CompressionPolicy needs `index_t landmarks(index_t tokens) const` and is_linear");
+    static_assert(!Set::compresses || !detail::is_causal<typename Set::Pattern>(), "polyattn::Attention: compressed keys mix later tokens into earlier landmarks, so Causal would leak; keep one of the two");
+    static_assert(!Set::compresses || detail::is_causal<typename Set::Pattern>() || Set::compression_alone, "polyattn::Attention: every query sees all landmarks; with a CompressionPolicy leave out patterns, samplers and biases");
+    static_assert(Set::linear_diffusion, "polyattn::Attention: diffusion needs a compression that is linear in V; SegmentMax is not, SegmentMeans is");
+    static_assert(Set::one_resolution, "polyattn::Attention: SegmentMeans of several lengths are resolutions; use nn::AdaptiveMultiResolution, or one length");
     static_assert(BiasPolicy<typename Set::Bias>, "polyattn::Attention: a BiasPolicy needs `double operator()(index_t batch, index_t head, index_t query, index_t key) const`");
     static_assert(detail::is_backend<typename Set::Backend>, "polyattn::Attention: the backend must be Reference or Simd<>");
 

@@ -6,6 +6,7 @@
 #include <polyattn/interface/lazy.hpp>
 #include <polyattn/plan/picture.hpp>
 #include <polyattn/policy/bias/bias.hpp>
+#include <polyattn/policy/compression/compression.hpp>
 #include <polyattn/policy/diffusion/diffusion.hpp>
 #include <polyattn/policy/pattern/big_bird.hpp>
 #include <polyattn/policy/pattern/combine.hpp>

@@ -16,22 +16,24 @@ concept HasTable = LearnedBias<decltype(bind_bias(std::declval<const Bias&>(), 0
 namespace nn {
 
 /// y = residual + drop(Wo attention(Wq x, Wk x, Wv x) + bo) with heads of dim / heads columns, and any Attention<...>. Projections of
-/// queries, keys and values are one product. A learned bias table of the attention is one more parameter. key_heads below heads is
+/// queries, keys and values are one product. A learned bias or compression table of the attention is one more parameter. key_heads below heads is
 /// grouped-query attention. Source: Vaswani et al., "Attention is all you need" (2017), section 3.2.2.
 template <class T, class Attention>
 class MultiHeadAttention {
     using Bias = std::remove_cvref_t<decltype(std::declval<const Attention&>().bias())>;
     static constexpr bool learns_bias = detail::HasTable<Bias>;
+    static constexpr bool learns_compression = requires(const Attention& layer) { layer.compression().table; };
 
 public:
     MultiHeadAttention(const std::string& name, Attention attention, index_t dim, index_t heads, index_t key_heads, double deviation, double scale, std::uint64_t seed)
         : project(name + ".project", dim, checked_dim(dim, heads) * (heads + 2 * checked_key_heads(heads, key_heads)), deviation, seed),
           merge(name + ".merge", dim, dim, deviation * scale, seed), attention_(std::move(attention)), heads_(heads), key_heads_(key_heads), head_dim_(dim / heads) {
-        if constexpr (learns_bias) {
-            const std::vector<double>& start = attention_.bias().table;
-            table.emplace_back(name + ".bias_table", std::vector<offset_t>{static_cast<offset_t>(start.size())}, false);
+        const auto learn = [&](const std::vector<double>& start, const char* what, bool decays) {
+            table.emplace_back(name + what, std::vector<offset_t>{static_cast<offset_t>(start.size())}, decays);
             std::copy(start.begin(), start.end(), table[0].value.values.begin());
-        }
+        };
+        if constexpr (learns_bias) learn(attention_.bias().table, ".bias_table", false);
+        if constexpr (learns_compression) learn(attention_.compression().table, ".compression_table", true);
     }
 
     const Attention& attention() const { return attention_; }
@@ -39,7 +41,7 @@ public:
 
     struct Saved {
         Tensor<T> projected, context, d_projected, d_context, d_merge;
-        polyattn::Saved<T> attention;
+        typename Attention::template SavedOf<T> attention;
         Gradients<TensorView<T>> gradients;
         detail::ActivationDropout dropout;
     };
@@ -66,8 +68,10 @@ public:
         saved.gradients.k = part(saved.d_projected, batch, heads_, key_heads_);
         saved.gradients.v = part(saved.d_projected, batch, heads_ + key_heads_, key_heads_);
         with_table().backward_into(saved.gradients, saved.attention, part(saved.d_context, batch, 0, heads_), {.workspace = &workspace});
-        if constexpr (learns_bias)
-            for (std::size_t i = 0; i < saved.gradients.bias.size(); ++i) table[0].gradient.values[i] += static_cast<T>(saved.gradients.bias[i]);
+        if constexpr (learns_bias || learns_compression) {
+            const std::vector<double>& d_table = learns_bias ? saved.gradients.bias : saved.gradients.compression;
+            for (std::size_t i = 0; i < d_table.size(); ++i) table[0].gradient.values[i] += static_cast<T>(d_table[i]);
+        }
         project.backward(x, detail::rows_of(std::as_const(saved.d_projected)), d_x, false, workspace);
     }
 
@@ -80,7 +84,7 @@ public:
 
     /// Rows of project's weights: queries of all heads, keys of all key heads, values.
     Linear<T> project, merge;
-    /// The learned bias, if there is one.
+    /// The learned bias or compression, if there is one.
     std::vector<Parameter<T>> table;
 
 private:
@@ -105,6 +109,10 @@ private:
             Bias bias = attention_.bias();
             bias.table.assign(table[0].value.values.begin(), table[0].value.values.end());
             return attention_.with_bias(std::move(bias));
+        } else if constexpr (learns_compression) {
+            auto compression = attention_.compression();
+            compression.table.assign(table[0].value.values.begin(), table[0].value.values.end());
+            return attention_.with_compression(std::move(compression));
         } else return (attention_);
     }
 

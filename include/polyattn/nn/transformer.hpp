@@ -1,11 +1,26 @@
 #pragma once
 
+#include <polyattn/nn/adaptive_multi_resolution.hpp>
 #include <polyattn/nn/embedding.hpp>
 #include <polyattn/nn/feed_forward.hpp>
 #include <polyattn/nn/layer_norm.hpp>
 #include <polyattn/nn/multi_head.hpp>
 
 POLYATTN_BEGIN_NAMESPACE
+
+namespace detail {
+
+/// The layer that mixes tokens in a block.
+template <class T, class Attention>
+struct token_mixer {
+    using type = nn::MultiHeadAttention<T, Attention>;
+};
+template <class T, class... Parts>
+struct token_mixer<T, MultiResolution<Parts...>> {
+    using type = nn::AdaptiveMultiResolution<T, MultiResolution<Parts...>>;
+};
+
+}  // namespace detail
 
 namespace nn {
 
@@ -44,9 +59,12 @@ struct TransformerOptions {
 
 /// Attention and feed-forward branches with residuals and layer norms: h = x + attention(norm(x)), y = h + feed_forward(norm(h)), or with the
 /// norms behind the sums. Sources: Vaswani et al. (2017); Xiong et al., "On layer normalization in the transformer architecture" (2020).
+/// `Attention` is an Attention<...>, for multi-head attention, or a MultiResolution<...>.
 template <class T, class Attention>
 class TransformerBlock {
 public:
+    using Mixer = typename detail::token_mixer<T, Attention>::type;
+
     TransformerBlock(const std::string& name, Attention layer, const TransformerOptions& options)
         : attention(name + ".attention", std::move(layer), options.dim, options.heads, options.key_heads > 0 ? options.key_heads : options.heads, options.deviation, scale(options), options.seed),
           feed_forward(name + ".feed_forward", options.dim, options.hidden > 0 ? options.hidden : 4 * options.dim, options.deviation, scale(options), options.seed),
@@ -56,7 +74,7 @@ public:
     struct Saved {
         Tensor<T> attended, middle, fed;  // pre-LN: norm(x), h, norm(h); post-LN: the first sum, h, the second sum
         typename LayerNorm<T>::Saved attention_norm, feed_forward_norm;
-        typename MultiHeadAttention<T, Attention>::Saved attention;
+        typename Mixer::Saved attention;
         typename FeedForward<T>::Saved feed_forward;
         Tensor<T> d_middle, d_branch;
     };
@@ -123,7 +141,7 @@ public:
         feed_forward_norm.for_each_parameter(f);
     }
 
-    MultiHeadAttention<T, Attention> attention;
+    Mixer attention;
     FeedForward<T> feed_forward;
     LayerNorm<T> attention_norm, feed_forward_norm;
 
