@@ -190,7 +190,7 @@ public:
         const detail::Adapted<T> aq(q, "q"), ak(k, "k"), av(v, "v");
         check_shapes(aq.view(), ak.view(), av.view());
         auto out = detail::make_result<Q, T>(detail::shape_like(aq.view(), {aq.view().tokens(), av.view().dim()}));
-        run<T>(aq.view(), ak.view(), av.view(), memory_of(out), options, nullptr, nullptr, false);
+        run<T>(aq.view(), ak.view(), av.view(), detail::memory_of(out), options, nullptr, nullptr, false);
         return out;
     }
 
@@ -203,7 +203,7 @@ public:
         check_shapes(aq.view(), ak.view(), av.view());
         auto out = detail::make_result<Q, T>(detail::shape_like(aq.view(), {aq.view().tokens(), av.view().dim()}));
         auto logsumexp = detail::make_result<Q, T, 1>(detail::shape_like(aq.view(), {aq.view().tokens()}));
-        run<T>(aq.view(), ak.view(), av.view(), memory_of(out), options, logsumexp.data(), nullptr, false);
+        run<T>(aq.view(), ak.view(), av.view(), detail::memory_of(out), options, logsumexp.data(), nullptr, false);
         return OutputAndLogsumexp<decltype(out), decltype(logsumexp)>{std::move(out), std::move(logsumexp)};
     }
 
@@ -226,7 +226,7 @@ public:
         check_shapes(aq.view(), ak.view(), av.view());
         auto out = detail::make_result<Q, T>(detail::shape_like(aq.view(), {aq.view().tokens(), av.view().dim()}));
         Saved<T> saved;
-        forward_into(memory_of(out), saved, q, k, v, options);
+        forward_into(detail::memory_of(out), saved, q, k, v, options);
         return Forward<decltype(out), T>{std::move(out), std::move(saved)};
     }
 
@@ -237,9 +237,9 @@ public:
         const detail::Adapted<T> aq(q, "q"), ak(k, "k"), av(v, "v");
         if constexpr (detail::is_raw_view<Q> && detail::is_raw_view<K> && detail::is_raw_view<V>) saved.borrowed_ = {aq.view(), ak.view(), av.view()};
         else {
-            saved.q_ = copy_of(aq.view());
-            saved.k_ = copy_of(ak.view());
-            saved.v_ = copy_of(av.view());
+            saved.q_ = detail::copy_of(aq.view());
+            saved.k_ = detail::copy_of(ak.view());
+            saved.v_ = detail::copy_of(av.view());
         }
         saved.options_ = planned(aq.view(), ak.view(), av.view(), options);
         saved.options_.workspace = nullptr;
@@ -269,18 +269,18 @@ public:
     template <class TensorType, class T, class D>
     void backward_into(Gradients<TensorType>& gradients, const Saved<T>& saved, const D& d_out, const CallOptions& options = {}) const {
         static_assert(std::is_same_v<detail::element_t<D>, T>, "polyattn: d_out must have the inputs' value type");
-        static_assert(std::is_same_v<decltype(memory_of(gradients.q)), TensorView<T>>, "polyattn: gradients must have the inputs' value type");
+        static_assert(std::is_same_v<decltype(detail::memory_of(gradients.q)), TensorView<T>>, "polyattn: gradients must have the inputs' value type");
         const detail::Adapted<T> ad(d_out, "d_out");
         const TensorView<const T> q = saved.q(), k = saved.k(), v = saved.v(), d = ad.view();
         require_shape(d, {q.extents[0], q.extents[1], q.extents[2], v.extents[3]}, q.rank, "d_out");
         detail::require(saved.hop_count_ == recursion_.hops.size(), "saved", [&] { return detail::text("a forward pass of this layer, with ", recursion_.hops.size(), " hops"); },
                         saved.hop_count_);
         if constexpr (requires { bias_.check_heads(q.heads()); }) bias_.check_heads(q.heads());
-        const TensorView<T> vq = memory_of(gradients.q), vk = memory_of(gradients.k), vv = memory_of(gradients.v);
+        const TensorView<T> vq = detail::memory_of(gradients.q), vk = detail::memory_of(gradients.k), vv = detail::memory_of(gradients.v);
         require_shape(vq, q.extents, q.rank, "gradients.q");
         require_shape(vk, k.extents, k.rank, "gradients.k");
         require_shape(vv, v.extents, v.rank, "gradients.v");
-        for (const TensorView<T>& view : {vq, vk, vv}) fill_with_zeros(view);
+        for (const TensorView<T>& view : {vq, vk, vv}) detail::fill_with_zeros(view);
         const auto& bound = bind(q, k);
         std::vector<double>& d_bias = gradients.bias;
         d_bias.clear();
@@ -342,7 +342,7 @@ public:
         require_shape(vk, {state.q_[0], state.key_heads_, 1, state.q_[3]}, vk.rank, "k");
         require_shape(vv, {state.q_[0], state.key_heads_, 1, state.value_dim_}, vv.rank, "v");
         auto out = detail::make_result<Q, T>(detail::shape_like(vq, {1, vv.dim()}));
-        const TensorView<T> to = memory_of(out);
+        const TensorView<T> to = detail::memory_of(out);
         const auto& bound = bind(vq, vk);
         const Plan plan = pattern_.plan(1, 1);
         const index_t heads = vq.heads(), group = heads / state.key_heads_;
@@ -406,35 +406,6 @@ private:
     };
     template <class Q, class K, class V>
     using common_element = typename same_elements<Q, K, V>::T;
-
-    template <class Result>
-    static auto memory_of(Result& result) {
-        if constexpr (requires { result.view(); }) return result.view();
-        else return detail::memory_view(result, "out");
-    }
-    template <class T>
-    static void fill_with_zeros(const TensorView<T>& view) {
-        for (index_t b = 0; b < view.batch(); ++b)
-            for (index_t h = 0; h < view.heads(); ++h) {
-                const MatrixView<T> head = view.head(b, h);
-                for (index_t i = 0; i < head.rows; ++i)
-                    if (head.col_stride == 1) std::fill_n(head.row(i), head.cols, T(0));
-                    else
-                        for (index_t c = 0; c < head.cols; ++c) head(i, c) = T(0);
-            }
-    }
-    template <class T>
-    static Tensor<T> copy_of(const TensorView<const T>& view) {
-        Tensor<T> copy(detail::shape_like(view, {view.tokens(), view.dim()}));
-        T* to = copy.data();
-        for (index_t b = 0; b < view.batch(); ++b)
-            for (index_t h = 0; h < view.heads(); ++h) {
-                const auto head = view.head(b, h);
-                for (index_t i = 0; i < head.rows; ++i)
-                    for (index_t c = 0; c < head.cols; ++c) *to++ = head(i, c);
-            }
-        return copy;
-    }
 
     /// A V alone has any number of queries; everything else feeds outputs back as values.
     bool needs_square() const { return recursion_.hops.size() != 1 || recursion_.hops[0].teleport != 0; }

@@ -60,7 +60,7 @@ public:
         const detail::Adapted<T> aq(q, "q"), ak(k, "k"), av(v, "v");
         auto out = result<Q, T>(aq.view(), ak.view(), av.view());
         CompressedSaved<T> saved;
-        run(Inner::memory_of(out), saved, aq.view(), ak.view(), av.view(), options, false);
+        run(detail::memory_of(out), saved, aq.view(), ak.view(), av.view(), options, false);
         return out;
     }
     template <class Out, class Q, class K, class V>
@@ -77,7 +77,7 @@ public:
         const detail::Adapted<T> aq(q, "q"), ak(k, "k"), av(v, "v");
         auto out = result<Q, T>(aq.view(), ak.view(), av.view());
         CompressedSaved<T> saved;
-        forward_into(Inner::memory_of(out), saved, q, k, v, options);
+        forward_into(detail::memory_of(out), saved, q, k, v, options);
         return Forward<decltype(out), T, CompressedSaved<T>>{std::move(out), std::move(saved)};
     }
     template <class Out, class T, class Q, class K, class V>
@@ -86,9 +86,9 @@ public:
         const detail::Adapted<T> aq(q, "q"), ak(k, "k"), av(v, "v");
         if constexpr (detail::is_raw_view<Q> && detail::is_raw_view<K> && detail::is_raw_view<V>) saved.borrowed_ = {aq.view(), ak.view(), av.view()};
         else {
-            saved.q_ = Inner::copy_of(aq.view());
-            saved.k_ = Inner::copy_of(ak.view());
-            saved.v_ = Inner::copy_of(av.view());
+            saved.q_ = detail::copy_of(aq.view());
+            saved.k_ = detail::copy_of(ak.view());
+            saved.v_ = detail::copy_of(av.view());
         }
         const auto view = [&](const std::optional<Tensor<T>>& owned, std::size_t at) { return owned ? std::as_const(*owned).view() : saved.borrowed_[at]; };
         run(detail::memory_view(out, "out"), saved, view(saved.q_, 0), view(saved.k_, 1), view(saved.v_, 2), options, options.accumulate);
@@ -109,11 +109,11 @@ public:
         Inner::require_shape(d, {q.extents[0], q.extents[1], q.extents[2], v.extents[3]}, q.rank, "d_out");
         const std::size_t hops = recursion_.hops.size();
         detail::require(saved.inner_.size() == hops, "saved", [&] { return detail::text("a forward pass of this layer, with ", hops, " hops"); }, saved.inner_.size());
-        const TensorView<T> vq = Inner::memory_of(gradients.q), vk = Inner::memory_of(gradients.k), vv = Inner::memory_of(gradients.v);
+        const TensorView<T> vq = detail::memory_of(gradients.q), vk = detail::memory_of(gradients.k), vv = detail::memory_of(gradients.v);
         Inner::require_shape(vq, q.extents, q.rank, "gradients.q");
         Inner::require_shape(vk, k.extents, k.rank, "gradients.k");
         Inner::require_shape(vv, v.extents, v.rank, "gradients.v");
-        for (const TensorView<T>& view : {vq, vk, vv}) Inner::fill_with_zeros(view);
+        for (const TensorView<T>& view : {vq, vk, vv}) detail::fill_with_zeros(view);
         gradients.bias.clear();
         gradients.compression.assign(table_size(), 0.);
 

@@ -49,6 +49,16 @@ struct TensorView {
 
 namespace detail {
 
+/// Rows [first, last) of a view.
+template <class T>
+MatrixView<T> row_range(MatrixView<T> view, index_t first, index_t last) {
+    return {view.data + first * view.row_stride, last - first, view.cols, view.row_stride, view.col_stride};
+}
+template <class T>
+MatrixView<T> transposed(MatrixView<T> view) {
+    return {view.data, view.cols, view.rows, view.col_stride, view.row_stride};
+}
+
 inline std::string shape_text(std::span<const offset_t> shape) {
     std::string text = "[";
     for (std::size_t i = 0; i < shape.size(); ++i) text += (i ? ", " : "") + std::to_string(shape[i]);

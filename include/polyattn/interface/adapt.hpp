@@ -106,6 +106,37 @@ std::vector<offset_t> shape_like(const TensorView<T>& view, std::initializer_lis
     return shape;
 }
 
+/// A tensor that a call made, or was given for gradients, as a view.
+template <class Result>
+auto memory_of(Result& result) {
+    if constexpr (requires { result.view(); }) return result.view();
+    else return memory_view(result, "out");
+}
+template <class T>
+void fill_with_zeros(MatrixView<T> rows) {
+    for (index_t i = 0; i < rows.rows; ++i)
+        if (rows.col_stride == 1) std::fill_n(rows.row(i), rows.cols, T(0));
+        else
+            for (index_t c = 0; c < rows.cols; ++c) rows(i, c) = T(0);
+}
+template <class T>
+void fill_with_zeros(const TensorView<T>& view) {
+    for (index_t b = 0; b < view.batch(); ++b)
+        for (index_t h = 0; h < view.heads(); ++h) fill_with_zeros(view.head(b, h));
+}
+template <class T>
+Tensor<T> copy_of(const TensorView<const T>& view) {
+    Tensor<T> copy(shape_like(view, {view.tokens(), view.dim()}));
+    T* to = copy.data();
+    for (index_t b = 0; b < view.batch(); ++b)
+        for (index_t h = 0; h < view.heads(); ++h) {
+            const auto head = view.head(b, h);
+            for (index_t i = 0; i < head.rows; ++i)
+                for (index_t c = 0; c < head.cols; ++c) *to++ = head(i, c);
+        }
+    return copy;
+}
+
 }  // namespace detail
 
 POLYATTN_END_NAMESPACE

@@ -7,13 +7,6 @@ POLYATTN_BEGIN_NAMESPACE
 
 namespace detail {
 
-using Keep = simd::KeepResult;
-
-template <class T, class Finish = Keep>
-void multiply(MatrixView<const T> a, MatrixView<const T> b, MatrixView<T> c, bool add, Workspace& workspace, Finish&& finish = {}) {
-    simd::MatrixProduct<T, xsimd::default_arch>::run(a, b, c, add, workspace, finish);
-}
-
 /// to[j] += sum over rows of x. Each column is summed in the order of the rows.
 template <class T>
 void add_column_sums(MatrixView<const T> x, T* to) {

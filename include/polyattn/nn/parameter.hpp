@@ -56,10 +56,6 @@ template <class T>
 MatrixView<const T> rows_of(const Tensor<T>& tensor) {
     return rows_of(const_cast<Tensor<T>&>(tensor));
 }
-template <class T>
-MatrixView<T> transposed(MatrixView<T> view) {
-    return {view.data, view.cols, view.rows, view.col_stride, view.row_stride};
-}
 /// Another shape; memory that is there stays, and what it holds is of no meaning.
 template <class T>
 void reshape(Tensor<T>& tensor, std::vector<offset_t> shape) {

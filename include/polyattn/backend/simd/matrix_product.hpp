@@ -157,4 +157,16 @@ private:
 
 }  // namespace detail::simd
 
+namespace detail {
+
+using Keep = simd::KeepResult;
+
+/// c = a b, or c += a b, as compiled for this translation unit.
+template <class T, class Finish = Keep>
+void multiply(MatrixView<const T> a, MatrixView<const T> b, MatrixView<T> c, bool add, Workspace& workspace, Finish&& finish = {}) {
+    simd::MatrixProduct<T, xsimd::default_arch>::run(a, b, c, add, workspace, finish);
+}
+
+}  // namespace detail
+
 POLYATTN_END_NAMESPACE

@@ -13,11 +13,6 @@ POLYATTN_BEGIN_NAMESPACE
 
 namespace detail {
 
-/// Rows [first, last) of a view.
-template <class T>
-MatrixView<T> row_range(MatrixView<T> view, index_t first, index_t last) {
-    return {view.data + first * view.row_stride, last - first, view.cols, view.row_stride, view.col_stride};
-}
 template <class T>
 void add_row_to(MatrixView<const T> x, index_t i, T factor, MatrixView<T> y, index_t j) {
     const T* const from = x.row(i);

@@ -1,0 +1,327 @@
+#pragma once
+
+#include <polyattn/attention.hpp>
+#include <polyattn/backend/simd/matrix_product.hpp>
+
+POLYATTN_BEGIN_NAMESPACE
+
+/// Parameters of NystromAttention.
+struct Nystrom {
+    /// Segments of queries and of keys whose means are the landmarks; fewer if there are fewer tokens.
+    index_t landmarks = 64;
+    /// Steps towards the pseudo-inverse.
+    index_t iterations = 6;
+    /// Learned weights [heads][width] of a convolution of V along the tokens, added to the output; width is odd. Empty: none.
+    index_t width = 0;
+    std::vector<double> table = {};
+
+    void validate() const {
+        detail::require(landmarks >= 1, "landmarks", "a number >= 1", landmarks);
+        detail::require(iterations >= 0 && iterations <= 64, "iterations", "a number from 0 to 64", iterations);
+        detail::require(width == 0 || width % 2 == 1, "width", "0 or an odd number of tokens", width);
+        detail::require(width == 0 ? table.empty() : !table.empty() && table.size() % static_cast<std::size_t>(width) == 0, "table", [&] { return detail::text("width ", width, " weights a head"); }, table.size());
+        for (const double weight : table) detail::require(detail::is_finite(weight), "table", "finite weights", "one that is not");
+    }
+};
+
+namespace detail {
+
+template <class T>
+MatrixView<T> matrix_of(Tensor<T>& tensor) {
+    return tensor.view().head(0, 0);
+}
+
+/// Z of Z <- Z (13 I - A Z (15 I - A Z (7 I - A Z))) / 4, from A^T / (largest column sum x largest row sum), and its gradient. O(iterations m^3).
+/// Source: Razavi et al. (2014), as in Xiong et al., "Nystromformer" (2021), equation 11.
+template <class T>
+class PseudoInverse {
+public:
+    void run(MatrixView<const T> a, index_t iterations, Workspace& workspace) {
+        m_ = a.rows;
+        a_ = Tensor<T>({m_, m_});
+        for (index_t i = 0; i < m_; ++i)
+            for (index_t j = 0; j < m_; ++j) matrix_of(a_)(i, j) = a(i, j);
+        std::tie(row_, row_sum_) = largest_row(a);
+        std::tie(column_, column_sum_) = largest_row(transposed(a));
+        z_.assign(static_cast<std::size_t>(iterations) + 1, Tensor<T>({m_, m_}));
+        const T scale = 1 / (row_sum_ * column_sum_);
+        for (index_t i = 0; i < m_; ++i)
+            for (index_t j = 0; j < m_; ++j) matrix_of(z_[0])(i, j) = a(j, i) * scale;
+        Tensor<T> x({m_, m_}), u({m_, m_}), w({m_, m_});
+        for (index_t t = 0; t < iterations; ++t) {
+            const MatrixView<const T> z = matrix_of(z_[static_cast<std::size_t>(t)]);
+            polynomial(z, x, u, w, workspace);
+            multiply<T>(z, matrix_of(w), matrix_of(z_[static_cast<std::size_t>(t) + 1]), false, workspace);
+            for (T& entry : z_[static_cast<std::size_t>(t) + 1].values) entry /= 4;
+        }
+    }
+    MatrixView<const T> result() const { return matrix_of(const_cast<Tensor<T>&>(z_.back())); }
+
+    /// d_a = dL/dA from dL/dZ, which is used up.
+    void backward(Tensor<T>& d_z, MatrixView<T> d_a, Workspace& workspace) {
+        for (index_t i = 0; i < m_; ++i) std::fill_n(d_a.row(i), m_, T(0));
+        Tensor<T> x({m_, m_}), u({m_, m_}), w({m_, m_}), d_x({m_, m_}), d_u({m_, m_}), d_w({m_, m_}), next({m_, m_});
+        const MatrixView<const T> a = matrix_of(a_);
+        for (std::size_t t = z_.size() - 1; t-- > 0;) {
+            // Z' = Z W / 4, W = 13 I - X U, U = 15 I - X (7 I - X) = 15 I - 7 X + X X, X = A Z.
+            const MatrixView<const T> z = matrix_of(z_[t]);
+            polynomial(z, x, u, w, workspace);
+            for (T& entry : d_z.values) entry /= 4;
+            multiply<T>(transposed(z), matrix_of(d_z), matrix_of(d_w), false, workspace);
+            multiply<T>(matrix_of(d_z), transposed(MatrixView<const T>(matrix_of(w))), matrix_of(next), false, workspace);
+            for (T& entry : d_w.values) entry = -entry;
+            multiply<T>(matrix_of(d_w), transposed(MatrixView<const T>(matrix_of(u))), matrix_of(d_x), false, workspace);
+            multiply<T>(transposed(MatrixView<const T>(matrix_of(x))), matrix_of(d_w), matrix_of(d_u), false, workspace);
+            for (std::size_t i = 0; i < d_x.values.size(); ++i) d_x.values[i] -= 7 * d_u.values[i];
+            multiply<T>(matrix_of(d_u), transposed(MatrixView<const T>(matrix_of(x))), matrix_of(d_x), true, workspace);
+            multiply<T>(transposed(MatrixView<const T>(matrix_of(x))), matrix_of(d_u), matrix_of(d_x), true, workspace);
+            multiply<T>(matrix_of(d_x), transposed(z), d_a, true, workspace);
+            multiply<T>(transposed(a), matrix_of(d_x), matrix_of(next), true, workspace);
+            std::swap(d_z, next);
+        }
+        // Z_0 = A^T / (row sum x column sum), of non-negative entries.
+        const T scale = 1 / (row_sum_ * column_sum_);
+        T along = 0;
+        for (index_t i = 0; i < m_; ++i)
+            for (index_t j = 0; j < m_; ++j) {
+                along += matrix_of(d_z)(i, j) * a(j, i) * scale;
+                d_a(j, i) += matrix_of(d_z)(i, j) * scale;
+            }
+        for (index_t j = 0; j < m_; ++j) {
+            d_a(row_, j) -= along / row_sum_;
+            d_a(j, column_) -= along / column_sum_;
+        }
+    }
+
+private:
+    static std::pair<index_t, T> largest_row(MatrixView<const T> a) {
+        std::pair<index_t, T> found{0, T(0)};
+        for (index_t i = 0; i < a.rows; ++i) {
+            T sum = 0;
+            for (index_t j = 0; j < a.cols; ++j) sum += a(i, j);
+            if (i == 0 || sum > found.second) found = {i, sum};
+        }
+        return found;
+    }
+    /// X = A Z, U = 15 I - 7 X + X X, W = 13 I - X U.
+    void polynomial(MatrixView<const T> z, Tensor<T>& x, Tensor<T>& u, Tensor<T>& w, Workspace& workspace) {
+        multiply<T>(matrix_of(a_), z, matrix_of(x), false, workspace);
+        multiply<T>(matrix_of(x), matrix_of(x), matrix_of(u), false, workspace);
+        for (std::size_t i = 0; i < u.values.size(); ++i) u.values[i] -= 7 * x.values[i];
+        for (index_t i = 0; i < m_; ++i) matrix_of(u)(i, i) += 15;
+        multiply<T>(matrix_of(x), matrix_of(u), matrix_of(w), false, workspace);
+        for (T& entry : w.values) entry = -entry;
+        for (index_t i = 0; i < m_; ++i) matrix_of(w)(i, i) += 13;
+    }
+
+    index_t m_ = 0, row_ = 0, column_ = 0;
+    T row_sum_ = 1, column_sum_ = 1;
+    Tensor<T> a_;
+    std::vector<Tensor<T>> z_;
+};
+
+}  // namespace detail
+
+/// softmax(Q K~^T) softmax(Q~ K~^T)^+ (softmax(Q~ K^T) V), all scaled by 1 / sqrt(d), with segment means Q~, K~ as landmarks: linear in the tokens.
+/// Rows do not sum to 1 in general. An item's segments have ceil(its tokens / landmarks) tokens, the last fewer. Made of three calls of
+/// Attention<> a head; as many keys as queries. Calls, shapes and errors as of Attention. O(n m (d + e) + iterations m^3) a head.
+/// Source: Xiong et al., "Nystromformer" (2021), equations 8 to 14.
+class NystromAttention {
+public:
+    explicit NystromAttention(Nystrom parameters = {}) : parameters_(std::move(parameters)) { parameters_.validate(); }
+
+    const NoBias& bias() const { return attention_.bias(); }
+    /// The learned convolution, if there is one, is what trains.
+    const Nystrom& compression() const { return parameters_; }
+    NystromAttention with_compression(Nystrom parameters) const { return NystromAttention(std::move(parameters)); }
+
+    template <class T>
+    struct HeadSaved {
+        Tensor<T> queries, keys, identity, summary, values;  // Q~, K~, I, softmax(Q~ K^T) V, Z times that
+        Saved<T> landmarks, reading, writing;                // of the three calls
+        Tensor<T> a;
+        detail::PseudoInverse<T> inverse;
+    };
+    /// What backward needs.
+    template <class T>
+    class SavedOf {
+        friend class NystromAttention;
+        std::optional<Tensor<T>> q_, k_, v_;
+        std::array<TensorView<const T>, 3> borrowed_{};
+        CallOptions options_;
+        std::vector<HeadSaved<T>> heads_;
+        const TensorView<const T> view(std::size_t at) const {
+            const std::optional<Tensor<T>>& owned = at == 0 ? q_ : at == 1 ? k_ : v_;
+            return owned ? owned->view() : borrowed_[at];
+        }
+    };
+
+    template <class Q, class K, class V>
+    auto operator()(const Q& q, const K& k, const V& v, const CallOptions& options = {}) const {
+        return forward(q, k, v, options).out;
+    }
+    template <class Q, class K, class V>
+    auto forward(const Q& q, const K& k, const V& v, const CallOptions& options = {}) const {
+        using T = detail::element_t<Q>;
+        const detail::Adapted<T> aq(q, "q"), av(v, "v");
+        auto out = detail::make_result<Q, T>(detail::shape_like(aq.view(), {aq.view().tokens(), av.view().dim()}));
+        SavedOf<T> saved;
+        forward_into(detail::memory_of(out), saved, q, k, v, options);
+        return Forward<decltype(out), T, SavedOf<T>>{std::move(out), std::move(saved)};
+    }
+    template <class Out, class T, class Q, class K, class V>
+    void forward_into(Out&& out, SavedOf<T>& saved, const Q& q, const K& k, const V& v, const CallOptions& options = {}) const {
+        const detail::Adapted<T> aq(q, "q"), ak(k, "k"), av(v, "v");
+        if constexpr (detail::is_raw_view<Q> && detail::is_raw_view<K> && detail::is_raw_view<V>) saved.borrowed_ = {aq.view(), ak.view(), av.view()};
+        else {
+            saved.q_ = detail::copy_of(aq.view());
+            saved.k_ = detail::copy_of(ak.view());
+            saved.v_ = detail::copy_of(av.view());
+        }
+        saved.options_ = options;
+        saved.options_.workspace = nullptr;
+        const TensorView<const T> vq = saved.view(0), vk = saved.view(1), vv = saved.view(2);
+        const TensorView<T> to = detail::memory_view(out, "out");
+        check(vq, vk, vv, to, options);
+        const index_t heads = vq.heads(), group = heads / vk.heads(), n = vq.tokens();
+        saved.heads_.resize(static_cast<std::size_t>(offset_t{vq.batch()} * heads));
+        std::vector<Workspace> workspaces(static_cast<std::size_t>(worker_count()));
+        parallel_for(offset_t{vq.batch()} * heads, [&](offset_t item, int worker) {
+            const auto b = static_cast<index_t>(item / heads), h = static_cast<index_t>(item % heads);
+            const index_t valid = valid_tokens(options, b, n);
+            Workspace& workspace = workspaces[static_cast<std::size_t>(worker)];
+            HeadSaved<T>& head = saved.heads_[static_cast<std::size_t>(item)];
+            const MatrixView<const T> hq = detail::row_range(vq.head(b, h), 0, valid), hk = detail::row_range(vk.head(b, h / group), 0, valid), hv = detail::row_range(vv.head(b, h / group), 0, valid);
+            const MatrixView<T> ho = to.head(b, h);
+            if (valid > 0) {
+                const index_t length = segment_length(valid), m = detail::segments(valid, length);
+                head.queries = head.keys = Tensor<T>({m, hq.cols});
+                detail::simd::segment_means<xsimd::default_arch>(hq, length, detail::matrix_of(head.queries));
+                detail::simd::segment_means<xsimd::default_arch>(hk, length, detail::matrix_of(head.keys));
+                head.identity = head.a = Tensor<T>({m, m});
+                for (index_t i = 0; i < m; ++i) detail::matrix_of(head.identity)(i, i) = 1;
+                head.summary = head.values = Tensor<T>({m, hv.cols});
+                const CallOptions own{.workspace = &workspace};
+                const auto constant = [](const Tensor<T>& tensor) { return tensor.view(); };
+                attention_.forward_into(head.a.view(), head.landmarks, constant(head.queries), constant(head.keys), constant(head.identity), own);
+                head.inverse.run(detail::matrix_of(head.a), parameters_.iterations, workspace);
+                attention_.forward_into(head.summary.view(), head.reading, constant(head.queries), tensor_of(hk), tensor_of(hv), own);
+                detail::multiply<T>(head.inverse.result(), detail::matrix_of(head.summary), detail::matrix_of(head.values), false, workspace);
+                CallOptions writing = own;
+                writing.accumulate = options.accumulate;
+                attention_.forward_into(tensor_of(detail::row_range(ho, 0, valid)), head.writing, tensor_of(hq), constant(head.keys), constant(head.values), writing);
+                convolve(h, hv, detail::row_range(ho, 0, valid));
+            }
+            if (!options.accumulate) detail::fill_with_zeros(detail::row_range(ho, valid, n));
+        });
+    }
+    template <class T, class D>
+    auto backward(const SavedOf<T>& saved, const D& d_out, const CallOptions& options = {}) const {
+        const auto like = [](const TensorView<const T>& view) { return detail::make_result<D, T>(detail::shape_like(view, {view.tokens(), view.dim()})); };
+        Gradients<decltype(like(saved.view(0)))> gradients{like(saved.view(0)), like(saved.view(1)), like(saved.view(2)), {}, {}};
+        backward_into(gradients, saved, d_out, options);
+        return gradients;
+    }
+    template <class TensorType, class T, class D>
+    void backward_into(Gradients<TensorType>& gradients, const SavedOf<T>& saved, const D& d_out, const CallOptions& = {}) const {
+        const detail::Adapted<T> ad(d_out, "d_out");
+        const TensorView<const T> q = saved.view(0), k = saved.view(1), v = saved.view(2), d = ad.view();
+        const std::array<index_t, 4> wanted{q.extents[0], q.extents[1], q.extents[2], v.extents[3]};
+        if (d.extents != wanted) throw invalid_input("d_out", detail::shape_text(TensorView<const T>{nullptr, wanted, {}, q.rank}), detail::shape_text(d));
+        const TensorView<T> vq = detail::memory_of(gradients.q), vk = detail::memory_of(gradients.k), vv = detail::memory_of(gradients.v);
+        const index_t heads = q.heads(), group = heads / k.heads(), n = q.tokens();
+        gradients.bias.clear();
+        gradients.compression.assign(parameters_.table.size(), 0.);
+        std::vector<double> parts(static_cast<std::size_t>(q.batch()) * parameters_.table.size(), 0.);
+        std::vector<Workspace> workspaces(static_cast<std::size_t>(worker_count()));
+        parallel_for(offset_t{k.batch()} * k.heads(), [&](offset_t item, int worker) {
+            const auto b = static_cast<index_t>(item / k.heads()), kh = static_cast<index_t>(item % k.heads());
+            const index_t valid = valid_tokens(saved.options_, b, n);
+            Workspace& workspace = workspaces[static_cast<std::size_t>(worker)];
+            const MatrixView<T> d_k = vk.head(b, kh), d_v = vv.head(b, kh);
+            detail::fill_with_zeros(d_k);
+            detail::fill_with_zeros(d_v);
+            for (index_t h = kh * group; h < (kh + 1) * group; ++h) {
+                const MatrixView<T> d_q = vq.head(b, h);
+                detail::fill_with_zeros(d_q);
+                if (valid == 0) continue;
+                const HeadSaved<T>& head = saved.heads_[static_cast<std::size_t>(offset_t{b} * heads + h)];
+                const MatrixView<const T> own = detail::row_range(d.head(b, h), 0, valid);
+                const index_t length = segment_length(valid);
+                const CallOptions call{.workspace = &workspace};
+                auto writing = attention_.backward(head.writing, tensor_of(own), call);
+                const auto m = head.values.shape[0];
+                Tensor<T> d_inverse({m, m}), d_summary(head.summary.shape), d_a({m, m});
+                detail::multiply<T>(detail::matrix_of(writing.v), detail::transposed(summary_of(head)), detail::matrix_of(d_inverse), false, workspace);
+                detail::multiply<T>(detail::transposed(head.inverse.result()), detail::matrix_of(writing.v), detail::matrix_of(d_summary), false, workspace);
+                auto reading = attention_.backward(head.reading, std::as_const(d_summary).view(), call);
+                detail::PseudoInverse<T> inverse = head.inverse;
+                inverse.backward(d_inverse, detail::matrix_of(d_a), workspace);
+                auto landmarks = attention_.backward(head.landmarks, std::as_const(d_a).view(), call);
+                for (std::size_t i = 0; i < landmarks.q.values.size(); ++i) landmarks.q.values[i] += reading.q.values[i];
+                for (std::size_t i = 0; i < landmarks.k.values.size(); ++i) landmarks.k.values[i] += writing.k.values[i];
+                const auto add = [](Tensor<T>& from, MatrixView<T> to) {
+                    for (index_t i = 0; i < detail::matrix_of(from).rows; ++i) detail::add_row_to<T>(detail::matrix_of(from), i, T(1), to, i);
+                };
+                add(writing.q, d_q);
+                add(reading.k, d_k);
+                add(reading.v, d_v);
+                detail::simd::spread_segments<xsimd::default_arch>(valid, length, MatrixView<const T>(detail::matrix_of(landmarks.q)), d_q);
+                detail::simd::spread_segments<xsimd::default_arch>(valid, length, MatrixView<const T>(detail::matrix_of(landmarks.k)), d_k);
+                convolve_back(h, detail::row_range(v.head(b, kh), 0, valid), own, d_v, std::span(parts).subspan(static_cast<std::size_t>(b) * parameters_.table.size(), parameters_.table.size()));
+            }
+        });
+        for (std::size_t at = 0; at < parts.size(); ++at) gradients.compression[at % parameters_.table.size()] += parts[at];
+    }
+
+private:
+    template <class T>
+    static TensorView<T> tensor_of(MatrixView<T> rows) {
+        return detail::make_view<T>(rows.data, std::array<index_t, 2>{rows.rows, rows.cols}, std::array<std::ptrdiff_t, 2>{rows.row_stride, rows.col_stride}, "rows");
+    }
+    template <class T>
+    static MatrixView<const T> summary_of(const HeadSaved<T>& head) { return head.summary.view().head(0, 0); }
+
+    index_t segment_length(index_t tokens) const { return detail::segments(tokens, parameters_.landmarks); }
+    static index_t valid_tokens(const CallOptions& options, index_t b, index_t tokens) { return options.key_lengths.empty() ? tokens : options.key_lengths[static_cast<std::size_t>(b)]; }
+
+    template <class T>
+    void check(const TensorView<const T>& q, const TensorView<const T>& k, const TensorView<const T>& v, const TensorView<T>& out, const CallOptions& options) const {
+        const auto same = [](const TensorView<const T>& view, const std::array<index_t, 4>& extents, int rank, const char* argument) {
+            if (view.extents != extents || view.rank != rank) throw invalid_input(argument, detail::shape_text(TensorView<const T>{nullptr, extents, {}, rank}), detail::shape_text(view));
+        };
+        detail::require(q.dim() >= 1, "q", "a head dimension >= 1", q.dim());
+        detail::require(k.heads() > 0 && q.heads() % k.heads() == 0, "k", [&] { return detail::text("a number of heads that divides q's ", q.heads()); }, k.heads());
+        same(k, {q.extents[0], k.extents[1], q.extents[2], q.extents[3]}, q.rank, "k");
+        same(v, {q.extents[0], k.extents[1], q.extents[2], v.extents[3]}, q.rank, "v");
+        same(out, {q.extents[0], q.extents[1], q.extents[2], v.extents[3]}, q.rank, "out");
+        detail::check_lengths(options.key_lengths, q.batch(), q.tokens(), "key_lengths");
+        detail::require(options.query_lengths.empty() || options.query_lengths == options.key_lengths, "query_lengths", "none, or the key_lengths", "others");
+        detail::require(options.dropout.weights == 0 && options.dropout.values == 0, "dropout", "none: rows are products of three matrices", "one");
+        detail::require(!options.plan && options.item_plans.empty(), "plan", "none", "one");
+        const std::size_t wanted = static_cast<std::size_t>(parameters_.width) * static_cast<std::size_t>(q.heads());
+        detail::require(parameters_.table.empty() || parameters_.table.size() == wanted, "table", [&] { return detail::text(wanted, " weights for ", q.heads(), " heads"); }, parameters_.table.size());
+    }
+    template <class F>
+    void for_each_tap(index_t h, index_t tokens, F&& f) const {
+        for (index_t t = 0; t < parameters_.width; ++t)
+            for (index_t i = std::max(index_t{0}, parameters_.width / 2 - t); i < std::min(tokens, tokens + parameters_.width / 2 - t); ++i)
+                f(static_cast<std::size_t>(h * parameters_.width + t), i, i + t - parameters_.width / 2);
+    }
+    template <class T>
+    void convolve(index_t h, MatrixView<const T> v, MatrixView<T> out) const {
+        for_each_tap(h, v.rows, [&](std::size_t weight, index_t i, index_t from) { detail::add_row_to<T>(v, from, static_cast<T>(parameters_.table[weight]), out, i); });
+    }
+    template <class T>
+    void convolve_back(index_t h, MatrixView<const T> v, MatrixView<const T> d_out, MatrixView<T> d_v, std::span<double> d_table) const {
+        for_each_tap(h, v.rows, [&](std::size_t weight, index_t i, index_t from) {
+            detail::add_row_to<T>(d_out, i, static_cast<T>(parameters_.table[weight]), d_v, from);
+            for (index_t c = 0; c < v.cols; ++c) d_table[weight] += double(d_out(i, c)) * double(v(from, c));
+        });
+    }
+
+    Nystrom parameters_;
+    Attention<> attention_;
+};
+
+POLYATTN_END_NAMESPACE
