@@ -17,9 +17,6 @@
 #include <fstream>
 #include <iostream>
 #include <sstream>
-#if defined(__GLIBC__)
-#include <malloc.h>
-#endif
 
 #if !defined(POLYATTN_DOCUMENTS)
 #define POLYATTN_DOCUMENTS "."
@@ -140,29 +137,6 @@ std::vector<Method> methods(const Settings& s) {
 }
 
 // --- training ---
-
-/// Memory of this process in MB, by /proc; 0 where there is no such thing.
-double megabytes_of(const char* kind) {
-    std::ifstream status("/proc/self/status");
-    for (std::string line; std::getline(status, line);)
-        if (line.starts_with(kind)) return std::stod(line.substr(std::string(kind).size())) / 1024;
-    return 0;
-}
-/// Forgets earlier peaks, gives freed memory back, and returns what is held now.
-double reset_peak() {
-#if defined(__GLIBC__)
-    malloc_trim(0);
-#endif
-    std::ofstream("/proc/self/clear_refs") << "5";
-    return megabytes_of("VmRSS:");
-}
-double peak_megabytes() { return megabytes_of("VmHWM:"); }
-
-std::string clock_text(double seconds) {
-    char text[32];
-    std::snprintf(text, sizeof text, "%d:%02d", static_cast<int>(seconds) / 60, static_cast<int>(seconds) % 60);
-    return text;
-}
 
 struct Model {
     Decoder decoder;

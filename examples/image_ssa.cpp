@@ -3,6 +3,7 @@
 // Classifies with shifted windows of 4 x 4 pixels, whole or cut into four sub-windows that share out their pixels at random; and draws digits
 // pixel by pixel, with causal windows of rows. Held-out accuracy and bits a pixel, single passes and ensembles; FOLDER/digits.png shows what
 // was drawn.
+#include "digits.hpp"
 #include "png.hpp"
 #include "program.hpp"
 
@@ -16,10 +17,6 @@
 #include <filesystem>
 #include <fstream>
 #include <iostream>
-
-#if !defined(POLYATTN_DOCUMENTS)
-#define POLYATTN_DOCUMENTS "."
-#endif
 
 using namespace polyattn;
 namespace fs = std::filesystem;
@@ -35,28 +32,6 @@ struct Settings {
     fs::path folder = ".";
     nn::TransformerOptions model{.layers = 4, .dim = 64, .heads = 4, .dropout = .1, .deviation = .12};
 };
-
-struct Digits {
-    std::vector<index_t> pixels, labels;
-    std::size_t count() const { return labels.size(); }
-    std::span<const index_t> picture(std::size_t i) const { return std::span<const index_t>(pixels).subspan(i * ::pixels, ::pixels); }
-    void add(index_t label, const std::string& text) {
-        labels.push_back(label);
-        for (const char c : text) pixels.push_back(c <= '9' ? c - '0' : c - 'a' + 10);
-    }
-};
-
-/// Every fifth digit is held out.
-std::pair<Digits, Digits> read_digits() {
-    const fs::path path = fs::path(POLYATTN_DOCUMENTS) / "examples" / "digits.txt";
-    std::ifstream in(path);
-    if (!in) throw std::runtime_error("can't read " + path.string());
-    Digits training, held_out;
-    std::size_t number = 0;
-    for (std::string line; std::getline(in, line);)
-        if (!line.starts_with("#")) (number++ % 5 == 4 ? held_out : training).add(line.at(0) - '0', line.substr(2));
-    return {training, held_out};
-}
 
 /// Trains any model: loss(numbers of the batch's digits, pass) does forward and backward. Returns seconds a step.
 template <class Model, class Loss>

@@ -2,10 +2,15 @@
 // What the examples' main() functions share.
 
 #include <chrono>
+#include <cstdio>
+#include <fstream>
 #include <functional>
 #include <iostream>
 #include <stdexcept>
 #include <string>
+#if defined(__GLIBC__)
+#include <malloc.h>
+#endif
 
 /// Seconds of a clock that only goes forward.
 inline double now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
@@ -24,4 +29,27 @@ inline int run_program(const char* name, int argc, char** argv, const std::funct
         std::cerr << name << ": " << error.what() << "\n";
         return 1;
     }
+}
+
+/// Memory of this process in MB, by /proc; 0 where there is no such thing.
+inline double megabytes_of(const char* kind) {
+    std::ifstream status("/proc/self/status");
+    for (std::string line; std::getline(status, line);)
+        if (line.starts_with(kind)) return std::stod(line.substr(std::string(kind).size())) / 1024;
+    return 0;
+}
+/// Forgets earlier peaks, gives freed memory back, and returns what is held now.
+inline double reset_peak() {
+#if defined(__GLIBC__)
+    malloc_trim(0);
+#endif
+    std::ofstream("/proc/self/clear_refs") << "5";
+    return megabytes_of("VmRSS:");
+}
+inline double peak_megabytes() { return megabytes_of("VmHWM:"); }
+
+inline std::string clock_text(double seconds) {
+    char text[32];
+    std::snprintf(text, sizeof text, "%d:%02d", static_cast<int>(seconds) / 60, static_cast<int>(seconds) % 60);
+    return text;
 }

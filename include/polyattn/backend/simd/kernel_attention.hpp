@@ -80,6 +80,9 @@ void row_dots(const T* rows, std::ptrdiff_t stride, index_t count, const T* x, i
     for (; i < count; ++i) dots[i] = dot<T, A>(rows + i * stride, x, columns);
 }
 
+/// Rows of a triangle of causal kernel attention.
+inline constexpr index_t causal_block = 32;
+
 /// Rows of the operator, of any number of Z. Sums over keys are made of chunks of a fixed size, added in order: the same bits for any
 /// number of threads. Causal heads are one scan, on one thread.
 template <class T, class A, class Features>
@@ -88,7 +91,6 @@ protected:
     using V = Vec<T, A>;
     static constexpr int width = lanes<T, A>;
     static constexpr index_t block = 64;         // rows of features at a time
-    static constexpr index_t causal_block = 32;  // rows of a causal triangle
     static constexpr index_t chunk = 2048;       // rows of one partial sum
 
 public:

@@ -13,7 +13,7 @@ template <class T, class A, class Features>
 class KernelAttentionGradient : public KernelAttention<T, A, Features> {
     using Base = KernelAttention<T, A, Features>;
     using typename Base::Scratch;
-    using Base::block, Base::causal_block, Base::chunk, Base::columns_, Base::f_, Base::features_, Base::head_, Base::inverse_, Base::k_, Base::mean_, Base::q_, Base::scratch_, Base::sums_, Base::workers_;
+    using Base::block, Base::chunk, Base::columns_, Base::f_, Base::features_, Base::head_, Base::inverse_, Base::k_, Base::mean_, Base::q_, Base::scratch_, Base::sums_, Base::workers_;
     using Base::width;
 
 public:

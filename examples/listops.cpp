@@ -1,0 +1,360 @@
+// Which attention learns what: two-layer models with every kind of it on three generated tasks.
+//   listops [--task listops|paths|digits] [--setting tiny|quick|full] [--sweep models|rates|diffusion|tokens] [--steps N] [--seeds N] [--test N]
+//           [--folder FOLDER] [--seed N]
+// listops: nested operations on digits, [MAX 4 [MIN 2 9 ] 7 ], by the rules of Nangia and Bowman, "ListOps" (2018); paths: are two marked points of
+// a picture on one path (after Linsley et al., Pathfinder); digits: 8 x 8 pixels. Prints one table; a run that is in FOLDER is not repeated.
+// `full` takes some three hours on two cores, `quick` some minutes.
+#include "attention_zoo.hpp"
+#include "digits.hpp"
+#include "program.hpp"
+
+#include <polyattn/nn/optimizer.hpp>
+
+#include <cstdio>
+#include <map>
+#include <sstream>
+
+using namespace polyattn;
+
+namespace {
+
+// --- tasks: item number i of a seed, the same for every model ---
+
+struct Item {
+    std::vector<index_t> tokens;
+    index_t label = 0;
+};
+struct Task {
+    index_t vocabulary = 0, classes = 0, tokens = 0;  // tokens: of the longest item
+    std::function<Item(std::uint64_t seed, std::uint32_t number)> item;
+};
+
+constexpr std::uint32_t listops_stream = 2001, paths_stream = 2002, digits_stream = 2003, batch_stream = 2004;
+
+/// [MIN, [MAX, [MED, [SM are 10 .. 13, ] is 14. A number with probability 3/4, else an operation on 2 .. most_arguments expressions; numbers only
+/// at the greatest depth. Expressions that are too long or too short are drawn again.
+struct ListOps {
+    index_t most_depth, most_arguments, shortest, longest;
+
+    Item operator()(std::uint64_t seed, std::uint32_t number) const {
+        RandomRow random(seed, number, listops_stream);
+        for (;;) {
+            Item item;
+            item.label = expression(random, 1, true, item.tokens);
+            const auto length = static_cast<index_t>(item.tokens.size());
+            if (length >= shortest && length <= longest) return item;
+        }
+    }
+
+private:
+    index_t expression(RandomRow& random, index_t depth, bool operation, std::vector<index_t>& tokens) const {
+        if (!operation && (depth >= most_depth || random.below(4) != 0 || static_cast<index_t>(tokens.size()) > longest)) {
+            tokens.push_back(static_cast<index_t>(random.below(10)));
+            return tokens.back();
+        }
+        const auto kind = static_cast<index_t>(random.below(4)), count = 2 + static_cast<index_t>(random.below(static_cast<std::uint32_t>(most_arguments - 1)));
+        tokens.push_back(10 + kind);
+        std::vector<index_t> values;
+        for (index_t a = 0; a < count; ++a) values.push_back(expression(random, depth + 1, false, tokens));
+        tokens.push_back(14);
+        std::sort(values.begin(), values.end());
+        const auto n = values.size();
+        if (kind == 0) return values.front();
+        if (kind == 1) return values.back();
+        if (kind == 2) return n % 2 ? values[n / 2] : (values[n / 2 - 1] + values[n / 2]) / 2;
+        return std::accumulate(values.begin(), values.end(), index_t{0}) % 10;
+    }
+};
+
+/// A picture of `side` x `side` pixels with some winding paths; two ends are marked, of one path or of two.
+struct Paths {
+    index_t side, paths, length;
+
+    Item operator()(std::uint64_t seed, std::uint32_t number) const {
+        RandomRow random(seed, number, paths_stream);
+        for (;;) {
+            Item item{std::vector<index_t>(static_cast<std::size_t>(side * side), 0), static_cast<index_t>(random.below(2))};
+            std::vector<std::pair<index_t, index_t>> ends;
+            for (index_t p = 0; p < paths; ++p) {
+                const std::vector<index_t> walked = walk(random, item.tokens);
+                if (walked.empty()) break;
+                for (const index_t at : walked) item.tokens[static_cast<std::size_t>(at)] = 1;
+                ends.emplace_back(walked.front(), walked.back());
+            }
+            if (static_cast<index_t>(ends.size()) < paths) continue;
+            item.tokens[static_cast<std::size_t>(ends[0].first)] = 2;
+            item.tokens[static_cast<std::size_t>(item.label ? ends[0].second : ends[1].second)] = 2;
+            return item;
+        }
+    }
+
+private:
+    /// A walk that touches neither itself nor another path; empty if it runs into a corner.
+    std::vector<index_t> walk(RandomRow& random, const std::vector<index_t>& taken) const {
+        const auto free = [&](index_t x, index_t y, const std::vector<index_t>& own) {
+            if (x < 0 || y < 0 || x >= side || y >= side) return false;
+            for (index_t dy = -1; dy <= 1; ++dy)
+                for (index_t dx = -1; dx <= 1; ++dx) {
+                    const index_t nx = x + dx, ny = y + dy;
+                    if (nx >= 0 && ny >= 0 && nx < side && ny < side && taken[static_cast<std::size_t>(ny * side + nx)]) return false;
+                }
+            return std::find(own.begin(), own.end(), y * side + x) == own.end();
+        };
+        index_t x = static_cast<index_t>(random.below(static_cast<std::uint32_t>(side))), y = static_cast<index_t>(random.below(static_cast<std::uint32_t>(side)));
+        std::vector<index_t> own;
+        if (!free(x, y, own)) return {};
+        own.push_back(y * side + x);
+        std::uint32_t direction = random.below(4);
+        for (index_t tries = 0; static_cast<index_t>(own.size()) < length && tries < 8 * length; ++tries) {
+            if (random.below(3) == 0) direction = (direction + 1 + 2 * random.below(2)) % 4;
+            const index_t nx = x + (direction == 0) - (direction == 2), ny = y + (direction == 1) - (direction == 3);
+            if (!free(nx, ny, own)) {
+                direction = random.below(4);
+                continue;
+            }
+            x = nx, y = ny;
+            own.push_back(y * side + x);
+        }
+        return static_cast<index_t>(own.size()) == length ? own : std::vector<index_t>();
+    }
+};
+
+/// Numbers with the first bit set are held out.
+Task digits_task() {
+    const auto digits = std::make_shared<const std::pair<Digits, Digits>>(read_digits());
+    return {17, 10, 64, [digits](std::uint64_t seed, std::uint32_t number) {
+                const bool held_out = number >> 31;
+                const Digits& from = held_out ? digits->second : digits->first;
+                const std::size_t at = held_out ? (number & 0x7fffffff) % from.count() : RandomRow(seed, number, digits_stream).below(static_cast<std::uint32_t>(from.count()));
+                const auto first = from.pixels.begin() + static_cast<std::ptrdiff_t>(at) * 64;
+                return Item{{first, first + 64}, from.labels[at]};
+            }};
+}
+
+// --- training ---
+
+struct Settings {
+    std::string task = "listops", setting = "quick", sweep = "models", folder = "listops_runs";
+    std::int64_t steps = 400;
+    int seeds = 1, test = 2000;
+    index_t batch = 64;
+    std::uint64_t seed = 1;
+    ListOps listops{3, 4, 4, 32};
+    Paths paths{12, 3, 10};
+    double rate = 2e-3;
+    nn::TransformerOptions model{.layers = 2, .dim = 64, .heads = 2, .hidden = 128, .deviation = .05};
+
+    void choose(const std::string& name) {
+        setting = name;
+        if (name == "tiny") steps = 2, test = 64, listops = {2, 3, 4, 16}, paths = {8, 2, 5}, batch = 8;
+        else if (name == "full") steps = 4000, seeds = 3, test = 20000, listops = {4, 5, 16, 128}, paths = {16, 4, 14};
+        else if (name != "quick") throw std::runtime_error("--setting must be tiny, quick or full");
+    }
+    Task make_task() const {
+        if (task == "listops") return {15, 10, listops.longest, listops};
+        if (task == "paths") return {3, 2, paths.side * paths.side, paths};
+        if (task == "digits") return digits_task();
+        throw std::runtime_error("--task must be listops, paths or digits");
+    }
+};
+
+struct Outcome {
+    double accuracy = 0, seconds = 0, megabytes = 0;
+};
+
+/// Items first .. first + count, padded to the task's length.
+struct Batch {
+    std::vector<index_t> tokens, lengths, labels;
+    Batch(const Task& task, std::uint64_t seed, std::uint32_t first, index_t count) : tokens(static_cast<std::size_t>(count * task.tokens), 0) {
+        for (index_t b = 0; b < count; ++b) {
+            const Item item = task.item(seed, first + static_cast<std::uint32_t>(b));
+            std::copy(item.tokens.begin(), item.tokens.end(), tokens.begin() + static_cast<std::ptrdiff_t>(b) * task.tokens);
+            lengths.push_back(static_cast<index_t>(item.tokens.size()));
+            labels.push_back(item.label);
+        }
+    }
+};
+
+/// Trains one model; items with the first bit of their number set are never trained on.
+template <class AnyAttention>
+Outcome train(const std::string& name, const AnyAttention& attention, const Settings& s, const Task& task, std::uint64_t seed) {
+    const double held = reset_peak();
+    using Model = nn::Classifier<float, AnyAttention>;
+    nn::TransformerOptions options = s.model;
+    options.seed = seed;
+    Model model(attention, task.vocabulary, task.classes, options, task.tokens);
+    nn::AdamW<float> optimizer;
+    const nn::LearningRate rate{.peak = s.rate, .warmup = s.steps / 10, .steps = s.steps};
+    typename Model::Saved saved;
+    Workspace workspace;
+    Outcome outcome;
+    double loss = 0;
+    const double start = now();
+    for (std::int64_t step = 0; step < s.steps; ++step) {
+        const auto number = static_cast<std::uint32_t>(step);
+        const Batch batch(task, seed, number * static_cast<std::uint32_t>(s.batch), s.batch);
+        const nn::Pass pass{.workspace = &workspace, .draw = {.seed = seed, .step = number}, .training = true, .lengths = batch.lengths};
+        const double before = now();
+        const MatrixView<float> logits = model.forward(batch.tokens, s.batch, saved, pass);
+        const double now_lost = nn::cross_entropy(logits, std::span<const index_t>(batch.labels));
+        model.backward(saved, pass);
+        nn::clip_gradients(model, 1);
+        optimizer.step(model, rate.at(step));
+        outcome.seconds += (now() - before) / double(s.steps);
+        loss = step == 0 ? now_lost : .95 * loss + .05 * now_lost;
+        const double left = (now() - start) / double(step + 1) * double(s.steps - step - 1);
+        std::printf("\r%-40s seed %llu  step %lld/%lld  loss %.3f  left %s   ", name.c_str(), static_cast<unsigned long long>(seed), static_cast<long long>(step + 1), static_cast<long long>(s.steps), loss,
+                    clock_text(left).c_str());
+        std::fflush(stdout);
+    }
+    outcome.megabytes = peak_megabytes() - held;
+    int right = 0;
+    for (int done = 0; done < s.test; done += static_cast<int>(s.batch)) {
+        const index_t count = std::min<index_t>(s.batch, static_cast<index_t>(s.test - done));
+        const Batch batch(task, seed, 0x80000000u + static_cast<std::uint32_t>(done), count);
+        const MatrixView<float> logits = model.forward(batch.tokens, count, saved, {.workspace = &workspace, .draw = {.seed = seed}, .lengths = batch.lengths});
+        for (index_t b = 0; b < count; ++b) right += std::max_element(logits.row(b), logits.row(b) + logits.cols) - logits.row(b) == batch.labels[static_cast<std::size_t>(b)];
+    }
+    outcome.accuracy = 100. * right / s.test;
+    std::printf("%.1f %% right\n", outcome.accuracy);
+    return outcome;
+}
+
+// --- tables ---
+
+/// Finished runs, a line each: key, accuracy, seconds a step, megabytes.
+class Runs {
+public:
+    explicit Runs(const Settings& s) {
+        std::filesystem::create_directories(s.folder);
+        path_ = s.folder + "/runs.txt";
+        std::ifstream file(path_);
+        for (std::string line; std::getline(file, line);) {
+            const auto tab = line.find('\t');
+            std::istringstream numbers(line.substr(tab + 1));
+            Outcome outcome;
+            if (tab != std::string::npos && numbers >> outcome.accuracy >> outcome.seconds >> outcome.megabytes) known_[line.substr(0, tab)] = outcome;
+        }
+    }
+    template <class Make>
+    Outcome get(const std::string& key, Make&& make) {
+        if (const auto found = known_.find(key); found != known_.end()) return found->second;
+        const Outcome outcome = make();
+        std::ofstream(path_, std::ios::app) << key << '\t' << outcome.accuracy << ' ' << outcome.seconds << ' ' << outcome.megabytes << '\n';
+        return known_[key] = outcome;
+    }
+
+private:
+    std::string path_;
+    std::map<std::string, Outcome> known_;
+};
+
+struct Row {
+    std::string name;
+    double accuracy, error, seconds, megabytes;
+};
+
+/// The SMAT score of AdaMRA (2021), section 5: speed + (1 - memory) + accuracy, each from 0 to 1 between the extremes of the table.
+void print(const std::vector<Row>& rows) {
+    const auto normal = [&](auto&& of, double value) {
+        double low = of(rows[0]), high = low;
+        for (const Row& row : rows) low = std::min(low, of(row)), high = std::max(high, of(row));
+        return high > low ? (value - low) / (high - low) : 0;
+    };
+    std::printf("\n| attention | %% right | +- | ms/step | MB | SMAT |\n|---|---|---|---|---|---|\n");
+    for (const Row& row : rows) {
+        const double smat = normal([](const Row& r) { return 1 / r.seconds; }, 1 / row.seconds) + 1 - normal([](const Row& r) { return r.megabytes; }, row.megabytes) +
+                            normal([](const Row& r) { return r.accuracy; }, row.accuracy);
+        std::printf("| %s | %.1f | %.1f | %.1f | %.0f | %.2f |\n", row.name.c_str(), row.accuracy, row.error, row.seconds * 1e3, row.megabytes, smat);
+    }
+}
+
+template <index_t... L>
+std::string rate_text() {
+    std::string text;
+    ((text += (text.empty() ? "1/" : ", 1/") + std::to_string(L)), ...);
+    return text;
+}
+
+int run(const Settings& s) {
+    const Task task = s.make_task();
+    std::cout << describe() << "\n" << s.task << ": up to " << task.tokens << " tokens, " << task.classes << " classes; " << s.steps << " steps of " << s.batch << " items, " << s.test
+              << " held-out items, seeds " << s.seed << " to " << s.seed + static_cast<std::uint64_t>(s.seeds) - 1 << "\n";
+    Runs runs(s);
+    std::vector<Row> rows;
+    const auto add = [&](const std::string& name, const auto& attention) {
+        std::vector<double> accuracies;
+        Row row{name, 0, 0, 0, 0};
+        for (int i = 0; i < s.seeds; ++i) {
+            const std::uint64_t seed = s.seed + static_cast<std::uint64_t>(i);
+            std::ostringstream key;
+            key << s.task << '/' << s.setting << '/' << s.steps << '/' << s.test << '/' << seed << '/' << s.sweep << '/' << name;
+            const Outcome outcome = runs.get(key.str(), [&] { return train(name, attention, s, task, seed); });
+            accuracies.push_back(outcome.accuracy);
+            row.accuracy += outcome.accuracy / s.seeds;
+            row.seconds += outcome.seconds / s.seeds;
+            row.megabytes += outcome.megabytes / s.seeds;
+        }
+        // Of the mean over seeds; with one seed, of the items.
+        double squares = 0;
+        for (const double accuracy : accuracies) squares += (accuracy - row.accuracy) * (accuracy - row.accuracy);
+        row.error = s.seeds > 1 ? std::sqrt(squares / (s.seeds - 1) / s.seeds) : std::sqrt(row.accuracy * (100 - row.accuracy) / s.test);
+        rows.push_back(row);
+    };
+    const ZooSizes sizes = ZooSizes::of(task.tokens);
+    const auto rates = [&]<index_t... L>(std::integer_sequence<index_t, L...>) { add("AdaMRA " + rate_text<L...>(), MultiResolution<SegmentMeans<L...>>{}); };
+    if (s.sweep == "models") {
+        for_each_pattern(sizes, add);
+        for_each_linear(sizes, add);
+        using Accurate = SegmentMeans<2, 8, 32>;
+        add("AdaMRA 1/2, 1/8, 1/32", MultiResolution<Accurate>{});
+        add("AdaMRA, random router", MultiResolution<Accurate, RandomRoute>{.router = {.seed = s.seed}});
+        add("AdaMRA, softmax", MultiResolution<Accurate, TopOne<StraightThrough>, Softmax>{});
+        add("AdaMRA, elu + 1", MultiResolution<Accurate, TopOne<StraightThrough>, Kernel<EluPlusOne>>{});
+        add("AdaMRA, all resolutions", MultiResolution<Accurate, ConcatenateAll>{});
+    } else if (s.sweep == "rates") {
+        rates(std::integer_sequence<index_t, 2, 8, 32>{});
+        rates(std::integer_sequence<index_t, 2, 4, 8>{});
+        rates(std::integer_sequence<index_t, 4, 8, 16>{});
+        rates(std::integer_sequence<index_t, 8, 16, 32>{});
+        rates(std::integer_sequence<index_t, 2, 4, 8, 16>{});
+        rates(std::integer_sequence<index_t, 2, 8>{});
+        rates(std::integer_sequence<index_t, 2, 32>{});
+        rates(std::integer_sequence<index_t, 8, 32>{});
+        rates(std::integer_sequence<index_t, 2>{});
+        rates(std::integer_sequence<index_t, 8>{});
+    } else if (s.sweep == "diffusion") {
+        const LocalGlobalRandom pattern{.window = sizes.window, .globals = sizes.globals, .randoms = sizes.randoms};
+        for (const int hops : {1, 2, 3, 5, 7}) add("alpha .1, K = " + std::to_string(hops), Patterned{AnyPattern{[=](index_t q, index_t k) { return pattern.plan(q, k); }}, AnyDiffusion{{1, std::vector<Hop>(static_cast<std::size_t>(hops), Hop{.9, .1})}}});
+        for (const int tenths : {0, 1, 2, 4, 6}) add("K = 5, alpha ." + std::to_string(tenths), patterned(pattern, PPR<5>{.alpha = tenths / 10.}));
+    } else if (s.sweep == "tokens") {
+        for (const index_t factor : {1, 2, 4}) {
+            add("window x " + std::to_string(factor), patterned(LocalGlobalRandom{.window = factor * sizes.window, .globals = sizes.globals, .randoms = sizes.randoms}, PPR<5>{}));
+            add("global x " + std::to_string(factor), patterned(LocalGlobalRandom{.window = sizes.window, .globals = factor * sizes.globals, .randoms = sizes.randoms}, PPR<5>{}));
+            add("random x " + std::to_string(factor), patterned(LocalGlobalRandom{.window = sizes.window, .globals = sizes.globals, .randoms = factor * sizes.randoms}, PPR<5>{}));
+        }
+    } else throw std::runtime_error("--sweep must be models, rates, diffusion or tokens");
+    print(rows);
+    return 0;
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+    Settings settings;
+    return run_program(
+        "listops", argc, argv,
+        [&](const std::string& option, const std::string& value) {
+            if (option == "--setting") settings.choose(value);
+            else if (option == "--task") settings.task = value;
+            else if (option == "--sweep") settings.sweep = value;
+            else if (option == "--folder") settings.folder = value;
+            else if (option == "--steps") settings.steps = std::max(1, std::stoi(value));
+            else if (option == "--seeds") settings.seeds = std::max(1, std::stoi(value));
+            else if (option == "--test") settings.test = std::max(1, std::stoi(value));
+            else if (option == "--seed") settings.seed = std::stoull(value);
+            else return false;
+            return true;
+        },
+        [&] { return run(settings); });
+}
