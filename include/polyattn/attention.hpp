@@ -85,6 +85,8 @@ class Attention : public detail::layer_or_stub<Ps...>::type {
     static_assert(SamplerPolicy<typename Set::Sampler>, "polyattn::Attention: a SamplerPolicy needs `Plan sample(index_t queries, index_t keys, const Draw&, bool causal) const`");
     static_assert(!detail::is_causal<typename Set::Pattern>() || detail::has_causal_form<typename Set::Sampler>(),
                   "polyattn::Attention: this SamplerPolicy has no causal form (early queries would be left without keys); use LocallyBiased<L>{.sigma = infinite_sigma}");
+    static_assert(!DataDependentPattern<typename Set::Pattern> || std::same_as<typename Set::Sampler, AllSources>,
+                  "polyattn::Attention: patterns that depend on q and k take no SamplerPolicy");
     static_assert(DiffusionPolicy<typename Set::Diffusion>, "polyattn::Attention: a DiffusionPolicy needs `Recursion recursion() const`");
     static_assert(Set::known_score, "polyattn::Attention: the ScorePolicy must be Softmax or Kernel<Features, Denominator>");
     static_assert(!Set::kernel || Set::kernel_pattern, "polyattn::Attention: Kernel scores see all keys, or with Causal all earlier ones; other patterns and samplers need Softmax");

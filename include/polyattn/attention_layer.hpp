@@ -25,7 +25,8 @@ struct CallOptions {
     Dropout dropout = {};
     /// Used instead of the pattern's and sampler's own.
     std::optional<Plan> plan = {};
-    /// The same with a plan for each batch item, where items differ: graphs, draws of their own.
+    /// The same with a plan for each batch item, where items differ: graphs, draws of their own; or for each (batch, head), heads of an
+    /// item one after the other.
     std::vector<Plan> item_plans = {};
     /// Scratch memory to reuse; one call at a time.
     Workspace* workspace = nullptr;
@@ -36,6 +37,16 @@ struct CallOptions {
     bool accumulate = false;
 };
 
+namespace detail {
+
+/// One of a plan for each batch item, or for each (batch, head).
+template <class T>
+const Plan& plan_of(std::span<const Plan> plans, const TensorView<T>& q, index_t b, index_t h) {
+    return plans[static_cast<std::size_t>(plans.size() == static_cast<std::size_t>(q.batch()) ? b : b * q.heads() + h)];
+}
+
+}  // namespace detail
+
 /// What backward needs of a forward pass. Owns copies of q, k and v; of raw views it keeps the views, whose memory must then stay
 /// as it is until the last backward().
 template <class T>
@@ -44,7 +55,8 @@ public:
     TensorView<const T> q() const { return view(q_, borrowed_[0]); }
     TensorView<const T> k() const { return view(k_, borrowed_[1]); }
     TensorView<const T> v() const { return view(v_, borrowed_[2]); }
-    const Plan& plan(index_t item = 0) const { return options_.item_plans.empty() ? *options_.plan : options_.item_plans[static_cast<std::size_t>(item)]; }
+    /// The plan of a batch item's head.
+    const Plan& plan(index_t b = 0, index_t h = 0) const { return options_.item_plans.empty() ? *options_.plan : detail::plan_of(options_.item_plans, q(), b, h); }
     /// [batch * heads * queries], natural log. Of kernel scores: 1 / denominator, 0 for a row that is a mean, -infinity for an empty one.
     std::span<const T> logsumexp() const { return logsumexp_; }
 
@@ -160,6 +172,7 @@ public:
     /// Which keys each query sees. The last 8 for other (queries, keys, draw of the sampler) are kept; copies of a layer share them.
     /// Throws invalid_input if the pattern does not exist for these numbers.
     Plan plan(index_t queries, index_t keys, const Draw& draw = {}) const {
+        static_assert(!data_dependent, "polyattn: this pattern depends on q and k; the plans of a call are in forward().saved.plan(batch, head)");
         const typename PlanCache::Key key{queries, keys, samples ? draw : Draw{}};
         const std::lock_guard lock(cache_->mutex);
         for (const auto& [known, plan] : cache_->plans)
@@ -174,7 +187,7 @@ public:
     /// Throws invalid_input.
     std::vector<Plan> plans(index_t batch, index_t queries, index_t keys, const CallOptions& options) const {
         detail::check_lengths(options.key_lengths, batch, keys, "key_lengths");
-        const Plans found = plans_for(options, batch, queries, keys);
+        const Plans found = plans_for(options, batch, 1, queries, keys);
         if (found.shared) return {*found.shared};
         return {found.items.begin(), found.items.end()};
     }
@@ -299,7 +312,7 @@ public:
                 const auto b = static_cast<index_t>(item / k.heads()), kh = static_cast<index_t>(item % k.heads());
                 const auto h = static_cast<index_t>(kh * group + query_item % group);
                 const offset_t line = offset_t{b} * q.heads() + h;
-                const auto head = make_head<T>(q, k, v, saved.plan(b), bound, saved.options_, b, h, kh);
+                const auto head = make_head<T>(q, k, v, saved.plan(b, h), bound, saved.options_, b, h, kh);
                 detail::HeadGradient<T> gradient{d.head(b, h), saved.logsumexp_.data() + line * q.tokens(),
                                                  saved.hops_.data() + line * static_cast<offset_t>(recursion_.hops.size()) * q.tokens() * v.dim(),
                                                  saved.states_.data() + line * state_size<T>(q.dim(), v.dim()),
@@ -370,6 +383,7 @@ public:
 private:
     static constexpr bool samples = !std::is_same_v<Sampler, AllSources>;
     static constexpr bool kernel = detail::is_kernel<Score>;
+    static constexpr bool data_dependent = DataDependentPattern<Pattern>;
     static constexpr bool is_reference = std::is_same_v<Backend, Reference>;
     template <class B>
     struct arch_of {
@@ -442,9 +456,10 @@ private:
         std::optional<Plan> shared;
         std::span<const Plan> items;
         std::vector<Plan> drawn;
-        const Plan& of(index_t item) const { return items.empty() ? *shared : items[static_cast<std::size_t>(item)]; }
+        template <class T>
+        const Plan& of(const TensorView<T>& q, index_t b, index_t h) const { return items.empty() ? *shared : detail::plan_of(items, q, b, h); }
     };
-    Plans plans_for(const CallOptions& options, index_t batch, index_t queries, index_t keys) const {
+    Plans plans_for(const CallOptions& options, index_t batch, index_t heads, index_t queries, index_t keys) const {
         const auto check = [&](const Plan& plan, const char* argument) {
             if (plan.queries() != queries || plan.keys() != keys)
                 throw invalid_input(argument, detail::text(queries, " queries x ", keys, " keys"), detail::text(plan.queries(), " x ", plan.keys()));
@@ -452,7 +467,9 @@ private:
         Plans plans;
         if (!options.item_plans.empty()) {
             detail::require(!options.plan, "item_plans", "none beside plan", options.item_plans.size());
-            detail::require(options.item_plans.size() == static_cast<std::size_t>(batch), "item_plans", [&] { return detail::text("one for each of ", batch, " batch items"); }, options.item_plans.size());
+            const std::size_t given = options.item_plans.size();
+            detail::require(given == static_cast<std::size_t>(batch) || given == static_cast<std::size_t>(offset_t{batch} * heads), "item_plans",
+                            [&] { return detail::text("one for each of ", batch, " batch items, or of their ", heads, " heads"); }, given);
             for (const Plan& plan : options.item_plans) check(plan, "item_plans");
             plans.items = options.item_plans;
         } else if (options.plan) {
@@ -464,7 +481,7 @@ private:
                     plans.drawn.push_back(thinned(sampler_.sample_item(queries, keys, b, options.key_lengths.empty() ? keys : options.key_lengths[static_cast<std::size_t>(b)],
                                                                        options.draw, detail::is_causal<Pattern>())));
             plans.items = plans.drawn;
-        } else plans.shared = plan(queries, keys, options.draw);
+        } else if constexpr (!data_dependent) plans.shared = plan(queries, keys, options.draw);
         return plans;
     }
     bool draws_per_item() const {
@@ -484,9 +501,28 @@ private:
                 detail::require(options.plan->count() == plan(q.tokens(), k.tokens()).count(), "plan", "none with kernel scores, or the pattern's own", "one of other pairs");
             detail::require(options.item_plans.empty(), "item_plans", "none with kernel scores", options.item_plans.size());
         }
-        return plans_for(options, q.batch(), q.tokens(), k.tokens());
+        Plans plans = plans_for(options, q.batch(), q.heads(), q.tokens(), k.tokens());
+        if constexpr (data_dependent)
+            if (!plans.shared && plans.items.empty()) {
+                plans.drawn.resize(static_cast<std::size_t>(offset_t{q.batch()} * q.heads()));
+                parallel_for(static_cast<offset_t>(plans.drawn.size()), [&](offset_t item, int) {
+                    const auto b = static_cast<index_t>(item / q.heads()), h = static_cast<index_t>(item % q.heads());
+                    const Valid valid = valid_of(options, b, q.tokens(), k.tokens());
+                    plans.drawn[static_cast<std::size_t>(item)] = pattern_.plan_for(q.head(b, h), k.head(b, h / (q.heads() / k.heads())), valid.queries, valid.keys, options.draw);
+                });
+                plans.items = plans.drawn;
+            }
+        return plans;
     }
 
+    struct Valid {
+        index_t queries, keys;
+    };
+    static Valid valid_of(const CallOptions& options, index_t b, index_t queries, index_t keys) {
+        const auto item = static_cast<std::size_t>(b);
+        const index_t valid = options.key_lengths.empty() ? keys : options.key_lengths[item];
+        return {!options.query_lengths.empty() ? options.query_lengths[item] : queries == keys ? valid : queries, valid};
+    }
     /// What a score needs beside a head's q, k and v: the bound bias, or the bound feature map.
     template <class T>
     decltype(auto) bind(const TensorView<const T>& q, const TensorView<const T>& k) const {
@@ -496,9 +532,7 @@ private:
     template <class T, class Bound>
     auto make_head(const TensorView<const T>& q, const TensorView<const T>& k, const TensorView<const T>& v, const Plan& plan, const Bound& bound, const CallOptions& options,
                    index_t b, index_t h, index_t kh) const {
-        const auto item = static_cast<std::size_t>(b);
-        const index_t keys = options.key_lengths.empty() ? k.tokens() : options.key_lengths[item];
-        const index_t queries = !options.query_lengths.empty() ? options.query_lengths[item] : q.tokens() == k.tokens() ? keys : q.tokens();
+        const auto [queries, keys] = valid_of(options, b, q.tokens(), k.tokens());
         const detail::DropoutMask dropout(options.dropout, options.draw, offset_t{b} * q.heads() + h);
         if constexpr (kernel) {
             const detail::ZeroRow zero = detail::zero_row(score_, !std::is_same_v<Diffusion, NoDiffusion>);
@@ -561,7 +595,7 @@ private:
                     for (index_t m = 0; m < group; ++m) {
                         const index_t h = kh * group + m;
                         const offset_t line = offset_t{b} * q.heads() + h;
-                        heads[static_cast<std::size_t>(m)] = make_head<T>(q, k, v, plans.of(b), bound, options, b, h, kh);
+                        heads[static_cast<std::size_t>(m)] = make_head<T>(q, k, v, plans.of(q, b, h), bound, options, b, h, kh);
                         results[static_cast<std::size_t>(m)] = {out.head(b, h), accumulate, logsumexp ? logsumexp + line : nullptr, hops ? hops + line * lines : nullptr, nullptr};
                     }
                     detail::simd::decode<Arch>(std::span<const Head>(heads), std::span<const detail::HeadResult<T>>(results), workers);
@@ -570,7 +604,7 @@ private:
             }
         for_each_item(offset_t{q.batch()} * q.heads(), workspace, options.workspace != nullptr, [&](offset_t item, detail::Workers& workers) {
             const auto b = static_cast<index_t>(item / q.heads()), h = static_cast<index_t>(item % q.heads());
-            const auto head = make_head<T>(q, k, v, plans.of(b), bound, options, b, h, h / group);
+            const auto head = make_head<T>(q, k, v, plans.of(q, b, h), bound, options, b, h, h / group);
             const detail::HeadResult<T> result{out.head(b, h), accumulate, logsumexp ? logsumexp + item * q.tokens() : nullptr, hops ? hops + item * lines : nullptr,
                                                states ? states + item * states_of_head : nullptr};
             if constexpr (std::is_same_v<Backend, Reference>) detail::reference::forward(head, result, workers);

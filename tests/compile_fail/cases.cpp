@@ -14,6 +14,9 @@ struct OtherSampler : AllSources {};
 struct DiffusionWithoutRecursion {
     using policy_kind = diffusion_kind;
 };
+struct CompressionWithoutLandmarks {
+    using policy_kind = compression_kind;
+};
 struct BiasWithoutCall {
     using policy_kind = bias_kind;
 };
@@ -58,6 +61,26 @@ int main() {
     Attention attention{Kernel<ReLU>{}, Alibi(1)};
 #elif defined(CASE_epsilon_with_diffusion)
     Attention<Kernel<EluPlusOne, AddEpsilon>, PPR<2>> attention;
+#elif defined(CASE_two_compressions)
+    Attention<SegmentMeans<2>, KMeans> attention;
+#elif defined(CASE_compression_without_landmarks)
+    Attention<CompressionWithoutLandmarks> attention;
+#elif defined(CASE_causal_compression)
+    Attention<SegmentMeans<2>, Causal> attention;
+#elif defined(CASE_compression_with_bias)
+    Attention attention{SegmentMeans<2>{}, Alibi(1)};
+#elif defined(CASE_diffusion_of_maxima)
+    Attention<SegmentMax<2>, PPR<2>> attention;
+#elif defined(CASE_several_resolutions)
+    Attention<SegmentMeans<2, 8>, Kernel<ReLU>> attention;
+#elif defined(CASE_sampled_hashing)
+    Attention<LocalitySensitiveHashing, Unbiased> attention;
+#elif defined(CASE_plan_of_hashing)
+    Attention<LocalitySensitiveHashing> attention;
+    attention.plan(4, 4);
+#elif defined(CASE_logsumexp_of_kernel)
+    Attention<Kernel<ReLU>> attention;
+    attention.with_logsumexp(x, x, x);
 #elif defined(CASE_recurrent_without_causal)
     Attention<Kernel<ReLU>> attention;
     attention.start<float>(1, 1, 1, 4, 4);

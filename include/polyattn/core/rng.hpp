@@ -46,7 +46,7 @@ struct Draw {
 /// Third counter word: keeps choices apart that share a seed.
 namespace random_stream {
 inline constexpr std::uint32_t global_tokens = 1, random_tokens = 2, random_blocks = 3, erdos_renyi = 4, random_regular = 5, sampled_keys = 6,
-                               shuffled_keys = 7, shuffled_columns = 8, shuffled_rows = 9, parameters = 10, feature_directions = 11, random_routes = 12,
+                               shuffled_keys = 7, shuffled_columns = 8, shuffled_rows = 9, parameters = 10, feature_directions = 11, random_routes = 12, hash_directions = 13,
                                weight_dropout = 0x40000000u, value_dropout = 0x80000000u;
 }
 

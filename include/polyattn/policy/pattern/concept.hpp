@@ -1,5 +1,7 @@
 #pragma once
 
+#include <polyattn/core/rng.hpp>
+#include <polyattn/core/view.hpp>
 #include <polyattn/plan/set_algebra.hpp>
 #include <polyattn/policy/concept.hpp>
 
@@ -9,10 +11,17 @@ POLYATTN_BEGIN_NAMESPACE
 /// the pattern's members and the two numbers. With unequal numbers, query i stands at position i + keys - queries, so the
 /// last query stands at the last key (decoding).
 /// Optional: `static constexpr bool is_causal = true` if no query ever sees a key behind its own position (samplers ask).
+///
+/// A data-dependent pattern offers, instead of plan(), plan_for(q, k, valid_queries, valid_keys, draw): the parts of one head from its q and k
+/// (MatrixView of float or double), of which the first valid rows count. Layers call it for every (batch, head).
 template <class P>
-concept SparsityPattern = PolicyOf<P, sparsity_pattern_kind> && requires(const P& pattern, index_t n) {
-    { pattern.plan(n, n) } -> std::same_as<Plan>;
+concept DataDependentPattern = PolicyOf<P, sparsity_pattern_kind> && requires(const P& pattern, MatrixView<const float> x, index_t n) {
+    { pattern.plan_for(x, x, n, n, Draw{}) } -> std::same_as<Plan>;
 };
+template <class P>
+concept SparsityPattern = DataDependentPattern<P> || (PolicyOf<P, sparsity_pattern_kind> && requires(const P& pattern, index_t n) {
+    { pattern.plan(n, n) } -> std::same_as<Plan>;
+});
 
 namespace detail {
 

@@ -1,0 +1,200 @@
+#pragma once
+// Patterns made from q and k, for each head: queries see the keys that fell into the same group. Gradients take the groups as fixed.
+
+#include <polyattn/core/tensor.hpp>
+#include <polyattn/policy/compression/compression.hpp>
+#include <polyattn/policy/pattern/dense.hpp>
+
+POLYATTN_BEGIN_NAMESPACE
+
+namespace detail {
+
+/// Query i sees key j if their groups are equal; groups are numbers of [0, count). A tile a group.
+inline Plan same_group(std::span<const index_t> of_query, std::span<const index_t> of_key, index_t count, index_t queries, index_t keys) {
+    const auto members = [&](std::span<const index_t> groups) {
+        std::vector<std::vector<index_t>> lists(static_cast<std::size_t>(count));
+        for (std::size_t i = 0; i < groups.size(); ++i) lists[static_cast<std::size_t>(groups[i])].push_back(static_cast<index_t>(i));
+        return lists;
+    };
+    auto rows = members(of_query), columns = members(of_key);
+    PlanBuilder builder(queries, keys);
+    for (std::size_t g = 0; g < rows.size(); ++g)
+        if (!rows[g].empty() && !columns[g].empty()) builder.tile(IndexSequence::list(std::move(rows[g])), IndexSequence::list(std::move(columns[g])));
+    return builder.build();
+}
+inline Plan causal_if(bool causal, Plan plan) {
+    return causal ? intersect(plan, Causal{}.plan(plan.queries(), plan.keys())) : plan;
+}
+
+}  // namespace detail
+
+/// Reformer: token i sees the tokens that fell into its bucket in any of the rounds; bucket of x = argmax of (x R, -x R) for a random R of
+/// buckets / 2 normal columns a round. Pairs in several rounds count once. Meant for q = k (the paper's shared projections); with others both are
+/// hashed alike. O(rounds n buckets d) to make. Source: Kitaev et al., "Reformer" (2020), equations 3 to 5 and section 2.
+struct LocalitySensitiveHashing {
+    using policy_kind = sparsity_pattern_kind;
+    index_t buckets = 8;
+    index_t rounds = 2;
+    bool causal = false;
+    std::uint64_t seed = 1;
+
+    void validate() const {
+        detail::require(buckets >= 2 && buckets % 2 == 0, "buckets", "an even number >= 2", buckets);
+        detail::require(rounds >= 1, "rounds", "a number >= 1", rounds);
+    }
+    /// Buckets of the first `valid` rows in a round.
+    template <class T>
+    std::vector<index_t> buckets_of(MatrixView<const T> x, index_t valid, index_t round) const {
+        const index_t half = buckets / 2;
+        RandomRow random(seed, static_cast<std::uint32_t>(round), random_stream::hash_directions);
+        std::vector<double> directions(static_cast<std::size_t>(half) * static_cast<std::size_t>(x.cols));
+        for (double& entry : directions) entry = normal_deviate(random.next()) * 0x1p-24;
+        std::vector<index_t> found(static_cast<std::size_t>(valid));
+        for (index_t i = 0; i < valid; ++i) {
+            double most = 0;
+            for (index_t r = 0; r < half; ++r) {
+                double dot = 0;
+                for (index_t c = 0; c < x.cols; ++c) dot += directions[static_cast<std::size_t>(r) * static_cast<std::size_t>(x.cols) + static_cast<std::size_t>(c)] * double(x(i, c));
+                if (r == 0 || std::abs(dot) > most) {
+                    most = std::abs(dot);
+                    found[static_cast<std::size_t>(i)] = dot >= 0 ? r : half + r;
+                }
+            }
+        }
+        return found;
+    }
+    template <class T>
+    Plan plan_for(MatrixView<const T> q, MatrixView<const T> k, index_t valid_queries, index_t valid_keys, const Draw&) const {
+        Plan all(q.rows, k.rows, {}, {});
+        for (index_t round = 0; round < rounds; ++round)
+            all = unite(all, detail::same_group(buckets_of(q, valid_queries, round), buckets_of(k, valid_keys, round), buckets, q.rows, k.rows));
+        return detail::causal_if(causal, all);
+    }
+};
+
+/// Routing transformer: queries see the keys of the cluster whose centroid is nearest to them. Centroids are those of the head's keys (KMeans), where
+/// the paper learns them by moving averages over batches. O(iterations n clusters d) to make. Source: Roy et al., "Efficient content-based
+/// sparse attention with routing transformers" (2021), section 4.1.
+struct RoutedClusters {
+    using policy_kind = sparsity_pattern_kind;
+    index_t clusters = 8;
+    index_t iterations = 5;
+    bool causal = false;
+
+    void validate() const { KMeans{clusters, iterations}.validate(); }
+    template <class T>
+    Plan plan_for(MatrixView<const T> q, MatrixView<const T> k, index_t valid_queries, index_t valid_keys, const Draw&) const {
+        const MatrixView<const T> keys = detail::row_range(k, 0, valid_keys);
+        const KMeans::Bound bound = KMeans{clusters, iterations}.bind(keys);
+        const auto count = static_cast<index_t>(bound.sizes.size());
+        if (count == 0) return Plan(q.rows, k.rows, {}, {});
+        Tensor<double> centroids({count, k.cols}), copy({valid_keys, k.cols});
+        for (index_t j = 0; j < valid_keys; ++j)
+            for (index_t c = 0; c < k.cols; ++c) copy.view().head(0, 0)(j, c) = double(k(j, c));
+        bound.compress(std::as_const(copy).view().head(0, 0), Compressed::keys, centroids.view().head(0, 0));
+        std::vector<index_t> of_query(static_cast<std::size_t>(valid_queries));
+        for (index_t i = 0; i < valid_queries; ++i) {
+            double shortest = 0;
+            for (index_t j = 0; j < count; ++j) {
+                double distance = 0;
+                for (index_t c = 0; c < q.cols; ++c) {
+                    const double apart = double(q(i, c)) - centroids.view().head(0, 0)(j, c);
+                    distance += apart * apart;
+                }
+                if (j == 0 || distance < shortest) {
+                    shortest = distance;
+                    of_query[static_cast<std::size_t>(i)] = j;
+                }
+            }
+        }
+        return detail::causal_if(causal, detail::same_group(of_query, bound.cluster, count, q.rows, k.rows));
+    }
+};
+
+/// Sparse Sinkhorn attention in its hard form: a query's block of tokens, and the block that a matching of blocks assigns to it. The matching
+/// starts from the products of the blocks' mean queries and keys, makes them doubly stochastic by normalising rows and columns in turn, and
+/// takes the largest entries one by one. The paper mixes blocks by a learned soft matrix in training. As many keys as queries.
+/// O((n / block)^2 (d + iterations)) to make. Source: Tay et al., "Sparse Sinkhorn attention" (2020), sections 3.1 and 3.2.
+struct SinkhornBlocks {
+    using policy_kind = sparsity_pattern_kind;
+    index_t block = 16;
+    index_t iterations = 8;
+    double temperature = .75;
+
+    void validate() const {
+        detail::require(block >= 1, "block", "a number of tokens >= 1", block);
+        detail::require(iterations >= 0, "iterations", "a number >= 0", iterations);
+        detail::require_in_range(temperature, 1e-3, 1e3, "temperature", "a number from 0.001 to 1000");
+    }
+    /// The doubly stochastic matrix, [blocks][blocks]. Source: equation 2, in logarithms.
+    template <class T>
+    std::vector<double> matching_weights(MatrixView<const T> q, MatrixView<const T> k, index_t valid) const {
+        const index_t blocks = detail::segments(valid, block);
+        const auto mean = [&](MatrixView<const T> x, index_t b, index_t c) {
+            double sum = 0;
+            const index_t last = std::min((b + 1) * block, valid);
+            for (index_t i = b * block; i < last; ++i) sum += double(x(i, c));
+            return sum / (last - b * block);
+        };
+        std::vector<double> logits(static_cast<std::size_t>(blocks) * static_cast<std::size_t>(blocks), 0);
+        const auto at = [&](index_t a, index_t b) -> double& { return logits[static_cast<std::size_t>(a) * static_cast<std::size_t>(blocks) + static_cast<std::size_t>(b)]; };
+        std::vector<double> q_means, k_means;
+        for (index_t b = 0; b < blocks; ++b)
+            for (index_t c = 0; c < q.cols; ++c) {
+                q_means.push_back(mean(q, b, c));
+                k_means.push_back(mean(k, b, c));
+            }
+        for (index_t a = 0; a < blocks; ++a)
+            for (index_t b = 0; b < blocks; ++b) {
+                for (index_t c = 0; c < q.cols; ++c) at(a, b) += q_means[static_cast<std::size_t>(a * q.cols + c)] * k_means[static_cast<std::size_t>(b * q.cols + c)];
+                at(a, b) /= temperature;
+            }
+        const auto normalise = [&](auto&& entry) {
+            for (index_t a = 0; a < blocks; ++a) {
+                double highest = entry(a, 0), sum = 0;
+                for (index_t b = 1; b < blocks; ++b) highest = std::max(highest, entry(a, b));
+                for (index_t b = 0; b < blocks; ++b) sum += std::exp(entry(a, b) - highest);
+                for (index_t b = 0; b < blocks; ++b) entry(a, b) -= highest + std::log(sum);
+            }
+        };
+        for (index_t i = 0; i < iterations; ++i) {
+            normalise([&](index_t a, index_t b) -> double& { return at(a, b); });
+            normalise([&](index_t a, index_t b) -> double& { return at(b, a); });
+        }
+        for (double& entry : logits) entry = std::exp(entry);
+        return logits;
+    }
+    template <class T>
+    Plan plan_for(MatrixView<const T> q, MatrixView<const T> k, index_t valid_queries, index_t valid_keys, const Draw&) const {
+        detail::require_square("SinkhornBlocks", q.rows, k.rows);
+        const index_t valid = std::min(valid_queries, valid_keys), blocks = detail::segments(valid, block);
+        const std::vector<double> weights = matching_weights(q, k, valid);
+        std::vector<std::size_t> order(weights.size());
+        std::iota(order.begin(), order.end(), std::size_t{0});
+        std::stable_sort(order.begin(), order.end(), [&](std::size_t a, std::size_t b) { return weights[a] > weights[b]; });
+        std::vector<index_t> match(static_cast<std::size_t>(blocks), -1);
+        std::vector<bool> taken(static_cast<std::size_t>(blocks), false);
+        for (const std::size_t entry : order) {
+            const std::size_t row = entry / static_cast<std::size_t>(blocks), column = entry % static_cast<std::size_t>(blocks);
+            if (match[row] >= 0 || taken[column]) continue;
+            match[row] = static_cast<index_t>(column);
+            taken[column] = true;
+        }
+        PlanBuilder builder(q.rows, k.rows);
+        for (index_t b = 0; b < blocks; ++b) {
+            std::vector<index_t> keys;
+            const index_t other = match[static_cast<std::size_t>(b)];
+            const auto add = [&](index_t part) {
+                for (index_t j = part * block; j < std::min((part + 1) * block, valid); ++j) keys.push_back(j);
+            };
+            add(std::min(b, other));
+            if (other != b) add(std::max(b, other));
+            builder.tile(IndexSequence::range(b * block, std::min((b + 1) * block, valid)), IndexSequence::list(std::move(keys)));
+        }
+        return builder.build();
+    }
+};
+
+static_assert(DataDependentPattern<LocalitySensitiveHashing> && DataDependentPattern<RoutedClusters> && DataDependentPattern<SinkhornBlocks>);
+
+POLYATTN_END_NAMESPACE
