@@ -3,6 +3,7 @@
 
 #include <polyattn/core/config.hpp>
 
+#include <algorithm>
 #include <filesystem>
 #include <fstream>
 #include <stdexcept>
@@ -20,6 +21,11 @@ struct Digits {
     std::vector<polyattn::index_t> pixels, labels;
     std::size_t count() const { return labels.size(); }
     std::span<const polyattn::index_t> picture(std::size_t i) const { return std::span<const polyattn::index_t>(pixels).subspan(i * 64, 64); }
+    /// The first ones alone.
+    void keep(std::size_t count) {
+        labels.resize(std::min(count, labels.size()));
+        pixels.resize(labels.size() * 64);
+    }
     void add(polyattn::index_t label, const std::string& text) {
         labels.push_back(label);
         for (const char c : text) pixels.push_back(c <= '9' ? c - '0' : c - 'a' + 10);

@@ -1,5 +1,5 @@
 // SSA on pictures: 1,797 handwritten digits of 8 x 8 pixels, a token a pixel.
-//   image_ssa [--steps N] [--folder FOLDER] [--seed N]
+//   image_ssa [--steps N] [--held-out N] [--folder FOLDER] [--seed N]
 // Classifies with shifted windows of 4 x 4 pixels, whole or cut into four sub-windows that share out their pixels at random; and draws digits
 // pixel by pixel, with causal windows of rows. Held-out accuracy and bits a pixel, single passes and ensembles; FOLDER/digits.png shows what
 // was drawn.
@@ -26,6 +26,7 @@ namespace {
 constexpr index_t side = 8, pixels = side * side, greys = 17, classes = 10;
 
 struct Settings {
+    std::size_t held_out = 400;  // digits, at most
     std::int64_t steps = 300;
     index_t batch = 48;
     std::uint64_t seed = 1;
@@ -206,7 +207,8 @@ void write_digits(const std::string& path, const std::vector<Generated>& all) {
 }
 
 int run(const Settings& s) {
-    const auto [training, held_out] = read_digits();
+    auto [training, held_out] = read_digits();
+    held_out.keep(s.held_out);
     fs::create_directories(s.folder);
     std::cout << describe() << "\n" << training.count() << " digits to train on, " << held_out.count() << " held out; " << s.steps << " steps of " << s.batch << ", seed " << s.seed << "\n";
     classify(s, training, held_out);
@@ -237,6 +239,7 @@ int main(int argc, char** argv) {
         [&](const std::string& option, const std::string& value) {
             if (option == "--steps") settings.steps = std::max(1, std::stoi(value));
             else if (option == "--folder") settings.folder = value;
+            else if (option == "--held-out") settings.held_out = std::stoul(value);
             else if (option == "--seed") settings.seed = std::stoull(value);
             else return false;
             return true;

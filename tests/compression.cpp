@@ -7,6 +7,7 @@
 #include <doctest/doctest.h>
 
 #include <functional>
+#include <numeric>
 
 using namespace polyattn;
 
@@ -90,8 +91,16 @@ void check_matrix(Random& random, const Policy& policy, index_t n, const Recursi
 }
 
 template <class Layer>
-void check_gradients(Random& random, Layer layer, index_t n, const CallOptions& options, index_t heads, index_t key_heads) {
+void check_gradients(Random& random, Layer layer, index_t n, const CallOptions& options, index_t heads, index_t key_heads, bool apart = false) {
     auto q = random.tensor<double>({2, heads, n, 4}), k = random.tensor<double>({2, key_heads, n, 4}), v = random.tensor<double>({2, key_heads, n, 3});
+    // Maxima bend where two entries are equal: here all are a hundredth apart at least.
+    if (apart)
+        for (auto* x : {&k, &v}) {
+            std::vector<std::size_t> order(x->values.size());
+            std::iota(order.begin(), order.end(), std::size_t{0});
+            std::sort(order.begin(), order.end(), [&](std::size_t a, std::size_t b) { return x->values[a] < x->values[b]; });
+            for (std::size_t rank = 0; rank < order.size(); ++rank) x->values[order[rank]] = .01 * (double(rank) - double(order.size()) / 2);
+        }
     const auto d_out = random.tensor<double>({2, heads, n, 3});
     const auto loss = [&] {
         const auto out = layer(q.view(), k.view(), v.view(), options);
@@ -289,7 +298,7 @@ TEST_CASE_TEMPLATE("gradients by finite differences", Backend, Simd<>, Reference
         const AnyDiffusion none{NoDiffusion{}.recursion()}, walk{PPR<2>{}.recursion()}, nothing{PPR<0>{}.recursion()};
         check_gradients(random, Changeable(SegmentMeans<4>{}, Kernel<Exponential, ExactOrMean>{}, none, Backend{}), n, options, 4, 2);
         check_gradients(random, Changeable(SegmentMeans<4>{}, Kernel<Exponential, ExactOrMean>{}, nothing, Backend{}), n, options, 4, 2);
-        check_gradients(random, Changeable(SegmentMax<3>{}, Backend{}), n, options, 2, 2);
+        check_gradients(random, Changeable(SegmentMax<3>{}, Backend{}), n, options, 2, 2, true);
         auto convolution = StridedConvolution::means(3);
         check_gradients(random, Changeable(convolution, none, Backend{}), n, options, 4, 2);
         auto projection = LinearProjection::drawn(n + 1, 4, random.seed());
@@ -345,6 +354,41 @@ TEST_CASE("padding never counts, whatever it holds") {
     check(Attention<SegmentMax<4>>{});
     check(Attention<KMeans>{KMeans{.clusters = 5}});
     check(Attention<LinearProjection>{LinearProjection::drawn(n, 5)});
+}
+
+static_assert(!std::is_copy_constructible_v<CompressedSaved<float>> && std::is_move_constructible_v<CompressedSaved<float>>);
+
+TEST_CASE("into, accumulate, a saved pass that is used again, moved") {
+    POLYATTN_RANDOM(random);
+    const index_t n = 20, d = 6;
+    const auto check = [&](const auto& layer) {
+        const auto q = random.tensor<double>({1, 2, n, d}), k = random.tensor<double>({1, 2, n, d}), v = random.tensor<double>({1, 2, n, d});
+        const auto out = layer(q.view(), k.view(), v.view());
+        Tensor<double> sum(out.shape);
+        std::fill(sum.values.begin(), sum.values.end(), 1.);
+        layer.into(sum.view(), q.view(), k.view(), v.view(), {.accumulate = true});
+        for (std::size_t i = 0; i < out.values.size(); ++i) CHECK(sum.values[i] == doctest::Approx(1 + out.values[i]).epsilon(1e-14));
+        // Tensors are copied, views borrowed; the same saved pass may see one after the other.
+        xt::xtensor<double, 4> ones = xt::ones<double>({1, 2, 20, 6});
+        auto [first, saved] = layer.forward(ones, ones, ones);
+        Tensor<double> again(out.shape);
+        layer.forward_into(again.view(), saved, q.view(), k.view(), v.view());
+        CHECK(again.values == out.values);
+        const auto moved = std::move(saved);
+        CHECK(layer.backward(moved, q.view()).k.values == layer.backward(layer.forward(q.view(), k.view(), v.view()).saved, q.view()).k.values);
+        // Expressions without memory, and rows that lie apart.
+        const xt::xtensor<double, 4> x = xt::adapt(q.values, std::vector<std::size_t>{1, 2, 20, 6});
+        const auto expression = layer(x * 1., x * 1., x * 1.), plain = layer(x, x, x);
+        CHECK(std::equal(expression.begin(), expression.end(), plain.begin()));
+        Tensor<double> wide({1, 2, n, d + 3});
+        for (index_t i = 0; i < 2 * n; ++i) std::copy_n(&q.values[static_cast<std::size_t>(i * d)], d, &wide.values[static_cast<std::size_t>(i * (d + 3))]);
+        const auto strided = tensor_view<const double>(wide.data(), {1, 2, n, d}, {2 * n * (d + 3), n * (d + 3), d + 3, 1});
+        CHECK(layer(strided, strided, strided).values == layer(q.view(), q.view(), q.view()).values);
+    };
+    check(Attention<SegmentMeans<3>>{});
+    check(Attention<SegmentMeans<3>, Kernel<EluPlusOne>, PPR<2>>{});
+    check(Attention<Kernel<ReLU>>{});
+    check(Attention<Kernel<EluPlusOne>, Causal, PPR<2>>{});
 }
 
 TEST_CASE("a compression of one's own") {

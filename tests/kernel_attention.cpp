@@ -478,17 +478,20 @@ TEST_CASE_TEMPLATE("token by token is the causal layer", T, float, double) {
     const auto wrong = random.tensor<T>({1, 2, 1, 5});
     CHECK_THROWS_AS(layer.step(state, wrong.view(), wrong.view(), wrong.view()), invalid_input);
     CHECK_THROWS_AS(layer.template start<T>(1, 3, 2, 4, 4), invalid_input);
+    const auto one = random.tensor<T>({1, 1, 1, 4});
+    auto others = layer.template start<T>(1, 1, 1, 4, 4);
+    CHECK_THROWS_AS((Attention<Kernel<ReLU>, PPR<2>, Causal>{}.step(others, one.view(), one.view(), one.view())), invalid_input);
 }
 
 TEST_CASE("random features estimate the exponential kernel") {
     POLYATTN_RANDOM(random);
-    // Over iid directions phi(q) . phi(k) has mean e^(q.k / sqrt d) and variance e^(2 q.k) (e^(|q + k|^2) - 1) / m (scaled); M draws of m. The mean of N
-    // estimates is off by 7 deviations less than once in 1e11 if they were normal; by Chebyshev less than once in 49 for whatever they are,
-    // so the check is on bounded numbers: small vectors, where the estimates' skewness is below 10 and N = 4000 makes the mean normal.
+    // Over iid directions phi(q) . phi(k) has mean e^(q.k) and variance e^(2 q.k) (e^(|q + k|^2) - 1) / m (scaled by sqrt(d)), from log-normal terms. With
+    // exponents this small the terms are near normal (skewness below 2, kurtosis below 10), so 7 deviations of a mean over thousands of them are passed
+    // less than once in 1e9 runs.
     const index_t d = 4, m = 8, repeats = 4000;
     std::vector<double> q(d), k(d);
-    for (double& entry : q) entry = .4 * random.normal();
-    for (double& entry : k) entry = .4 * random.normal();
+    for (double& entry : q) entry = .2 * (2 * random.uniform() - 1);  // |q + k|^2 / sqrt(d) below .32
+    for (double& entry : k) entry = .2 * (2 * random.uniform() - 1);
     double dot = 0, square = 0;
     for (std::size_t c = 0; c < d; ++c) {
         dot += q[c] * k[c] / 2;  // sqrt(d) = 2
@@ -528,6 +531,38 @@ TEST_CASE("random features estimate the exponential kernel") {
             }
             CHECK(std::abs(product) < 64 * d * 0x1p-53 * (lengths + 1));
         }
+}
+
+TEST_CASE("random features: rows sum to 1 with the defaults, causal or not; many features are softmax attention") {
+    POLYATTN_RANDOM(random);
+    for (const index_t d : {4, 64, 128}) {
+        const index_t n = 60;
+        const auto q = random.tensor<float>({n, d}), k = random.tensor<float>({n, d});
+        Tensor<float> ones({n, 3});
+        std::fill(ones.values.begin(), ones.values.end(), 1.f);
+        const auto check = [&](const auto& layer) {
+            for (const float value : layer(q.view(), k.view(), ones.view()).values) CHECK(std::abs(value - 1) < 1e-3);
+        };
+        INFO("d = ", d);
+        check(Attention<Kernel<PositiveRandomFeatures>>{});
+        check(Attention<Kernel<PositiveRandomFeatures>, Causal>{});
+        check(Attention<Kernel<PositiveRandomFeatures>, Causal, PPR<2>>{});
+    }
+    // The estimate of a weight is off by about sqrt(e^(|q + k|^2) / m); here by a hundredth, and 7 of it is far below what a wrong scale gives.
+    const index_t n = 40, d = 8;
+    const auto q = random.tensor<double>({n, d}, .5), k = random.tensor<double>({n, d}, .5), v = random.tensor<double>({n, 4});
+    const auto exact = Attention<>{}(q.view(), k.view(), v.view()), estimate = Attention{Kernel<PositiveRandomFeatures>{{.features = 20000, .seed = random.seed()}}}(q.view(), k.view(), v.view());
+    for (std::size_t i = 0; i < exact.values.size(); ++i) CHECK(std::abs(exact.values[i] - estimate.values[i]) < .2);
+    // A copy with other parameters draws other directions.
+    PositiveRandomFeatures first{.features = 64};
+    first.bind(4);
+    PositiveRandomFeatures second = first;
+    second.features = 4;
+    second.seed = 9;
+    CHECK(second.bind(4)->count == 4);
+    CHECK(second.bind(4)->w[0] != first.bind(4)->w[0]);
+    const Tensor<float> wide({4, 1000});
+    CHECK_THROWS_AS((Attention<Kernel<PositiveRandomFeatures>, Causal>{Kernel<PositiveRandomFeatures>{{.features = 8}}, Causal{}}(wide.view(), wide.view(), wide.view())), invalid_input);
 }
 
 TEST_CASE("errors name the argument") {

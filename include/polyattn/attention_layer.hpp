@@ -47,27 +47,61 @@ const Plan& plan_of(std::span<const Plan> plans, const TensorView<T>& q, index_t
 
 }  // namespace detail
 
+namespace detail {
+
+/// q, k and v of a forward pass: copies, or views of the caller's memory.
+template <class T>
+class SavedInputs {
+public:
+    TensorView<const T> q() const { return view(0); }
+    TensorView<const T> k() const { return view(1); }
+    TensorView<const T> v() const { return view(2); }
+
+    /// Raw views are borrowed, everything else is copied.
+    template <class Q, class K, class V>
+    void keep(const TensorView<const T>& q, const TensorView<const T>& k, const TensorView<const T>& v) {
+        constexpr bool borrow = is_raw_view<Q> && is_raw_view<K> && is_raw_view<V>;
+        std::size_t at = 0;
+        for (const auto* input : {&q, &k, &v}) {
+            if constexpr (borrow) owned_[at].reset();
+            else owned_[at] = copy_of(*input);
+            borrowed_[at++] = *input;
+        }
+    }
+
+private:
+    TensorView<const T> view(std::size_t at) const { return owned_[at] ? owned_[at]->view() : borrowed_[at]; }
+    std::array<std::optional<Tensor<T>>, 3> owned_;
+    std::array<TensorView<const T>, 3> borrowed_{};
+};
+
+/// Of what points into itself: moved, never copied.
+struct MoveOnly {
+    MoveOnly() = default;
+    MoveOnly(MoveOnly&&) = default;
+    MoveOnly& operator=(MoveOnly&&) = default;
+};
+
+}  // namespace detail
+
 /// What backward needs of a forward pass. Owns copies of q, k and v; of raw views it keeps the views, whose memory must then stay
 /// as it is until the last backward().
 template <class T>
 class Saved {
 public:
-    TensorView<const T> q() const { return view(q_, borrowed_[0]); }
-    TensorView<const T> k() const { return view(k_, borrowed_[1]); }
-    TensorView<const T> v() const { return view(v_, borrowed_[2]); }
+    TensorView<const T> q() const { return inputs_.q(); }
+    TensorView<const T> k() const { return inputs_.k(); }
+    TensorView<const T> v() const { return inputs_.v(); }
     /// The plan of a batch item's head.
     const Plan& plan(index_t b = 0, index_t h = 0) const { return options_.item_plans.empty() ? *options_.plan : detail::plan_of(options_.item_plans, q(), b, h); }
-    /// [batch * heads * queries], natural log. Of kernel scores: 1 / denominator, 0 for a row that is a mean, -infinity for an empty one.
+    /// [batch * heads * queries], natural log. Of kernel scores: 1 / denominator, -0 for a row that is a mean, -infinity for an empty one.
     std::span<const T> logsumexp() const { return logsumexp_; }
 
 private:
     template <class...>
     friend class AttentionLayer;
 
-    static TensorView<const T> view(const std::optional<Tensor<T>>& owned, const TensorView<const T>& borrowed) { return owned ? owned->view() : borrowed; }
-
-    std::optional<Tensor<T>> q_, k_, v_;
-    std::array<TensorView<const T>, 3> borrowed_{};
+    detail::SavedInputs<T> inputs_;
     CallOptions options_;  // with the plans
     std::vector<T> logsumexp_;
     std::vector<T> hops_;  // Z_1 .. Z_K: [batch * heads][K][queries][value dim]
@@ -248,12 +282,7 @@ public:
     void forward_into(Out&& out, Saved<T>& saved, const Q& q, const K& k, const V& v, const CallOptions& options = {}) const {
         static_assert(std::is_same_v<common_element<Q, K, V>, T> && std::is_same_v<detail::element_t<Out>, T>, "polyattn: out and saved must have the inputs' value type");
         const detail::Adapted<T> aq(q, "q"), ak(k, "k"), av(v, "v");
-        if constexpr (detail::is_raw_view<Q> && detail::is_raw_view<K> && detail::is_raw_view<V>) saved.borrowed_ = {aq.view(), ak.view(), av.view()};
-        else {
-            saved.q_ = detail::copy_of(aq.view());
-            saved.k_ = detail::copy_of(ak.view());
-            saved.v_ = detail::copy_of(av.view());
-        }
+        saved.inputs_.template keep<Q, K, V>(aq.view(), ak.view(), av.view());
         saved.options_ = planned(aq.view(), ak.view(), av.view(), options);
         saved.options_.workspace = nullptr;
         const auto lines = static_cast<std::size_t>(aq.view().batch()) * static_cast<std::size_t>(aq.view().heads()) * static_cast<std::size_t>(aq.view().tokens());
@@ -288,6 +317,8 @@ public:
         require_shape(d, {q.extents[0], q.extents[1], q.extents[2], v.extents[3]}, q.rank, "d_out");
         detail::require(saved.hop_count_ == recursion_.hops.size(), "saved", [&] { return detail::text("a forward pass of this layer, with ", recursion_.hops.size(), " hops"); },
                         saved.hop_count_);
+        const std::size_t heads_of_all = static_cast<std::size_t>(offset_t{q.batch()} * q.heads());
+        detail::require(saved.states_.size() == heads_of_all * static_cast<std::size_t>(state_size<T>(q.dim(), v.dim())), "saved", "a forward pass of this layer", "another's");
         if constexpr (requires { bias_.check_heads(q.heads()); }) bias_.check_heads(q.heads());
         const TensorView<T> vq = detail::memory_of(gradients.q), vk = detail::memory_of(gradients.k), vv = detail::memory_of(gradients.v);
         require_shape(vq, q.extents, q.rank, "gradients.q");
@@ -360,6 +391,7 @@ public:
         const Plan plan = pattern_.plan(1, 1);
         const index_t heads = vq.heads(), group = heads / state.key_heads_;
         const offset_t size = detail::simd::recurrent_size<T, Arch>(feature_count(vq.dim()), vv.dim(), recursion_.hops.size());
+        detail::require(state.sums_.size() == static_cast<std::size_t>(offset_t{vq.batch()} * heads * size), "state", "one that start() of this layer made", "another's");
         ++state.tokens_;
         for_each_item(offset_t{vq.batch()} * heads, state.workspace_, true, [&](offset_t item, detail::Workers& workers) {
             const auto b = static_cast<index_t>(item / heads), h = static_cast<index_t>(item % heads);
@@ -526,7 +558,12 @@ private:
     /// What a score needs beside a head's q, k and v: the bound bias, or the bound feature map.
     template <class T>
     decltype(auto) bind(const TensorView<const T>& q, const TensorView<const T>& k) const {
-        if constexpr (kernel) return detail::bind_features(score_.features, q.dim());
+        if constexpr (kernel) {
+            auto bound = detail::bind_features(score_.features, q.dim());
+            if constexpr (detail::has_directions<decltype(bound)> && detail::is_causal<Pattern>())
+                detail::require(bound->fixed_shift < (sizeof(T) == 4 ? 80 : 700), "q", "a head dimension whose random features don't underflow in a causal layer (float: up to some 250)", q.dim());
+            return bound;
+        }
         else return detail::bind_bias(bias_, q.tokens(), k.tokens());
     }
     template <class T, class Bound>
@@ -585,7 +622,7 @@ private:
         const offset_t states_of_head = states ? state_size<T>(q.dim(), v.dim()) : 0;
         const auto lines = static_cast<offset_t>(recursion_.hops.size()) * q.tokens() * v.dim();
         if constexpr (!std::is_same_v<Backend, Reference> && !kernel)
-            if (q.tokens() == 1 && group > 0 && plans.items.empty() && detail::simd::is_decoding(make_head<T>(q, k, v, *plans.shared, bound, options, 0, 0, 0))) {
+            if (q.tokens() == 1 && group > 0 && plans.shared && detail::simd::is_decoding(make_head<T>(q, k, v, *plans.shared, bound, options, 0, 0, 0))) {
                 // Heads that share keys read them once.
                 for_each_item(offset_t{k.batch()} * k.heads(), workspace, options.workspace != nullptr, [&](offset_t item, detail::Workers& workers) {
                     using Head = decltype(make_head<T>(q, k, v, *plans.shared, bound, options, 0, 0, 0));

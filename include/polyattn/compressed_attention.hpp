@@ -6,14 +6,14 @@
 
 POLYATTN_BEGIN_NAMESPACE
 
-/// What backward needs of a forward pass through compressed keys: as Saved, with one pass of the inner layer a hop.
+/// What backward needs of a forward pass through compressed keys: as Saved (raw views are borrowed), with one pass of the inner layer a hop: memory
+/// O(K (n e + m e)) a head for m landmarks. Moved, not copied.
 template <class T>
-class CompressedSaved {
+class CompressedSaved : detail::MoveOnly {
     template <class...>
     friend class CompressedLayer;
 
-    std::optional<Tensor<T>> q_, k_, v_;
-    std::array<TensorView<const T>, 3> borrowed_{};
+    detail::SavedInputs<T> inputs_;
     CallOptions options_;
     Tensor<T> keys_;                       // landmarks of the keys
     std::vector<Tensor<T>> values_, z_;    // landmarks of Z_k; Z_1 .. Z_K, the last is the output
@@ -63,6 +63,7 @@ public:
         run(detail::memory_of(out), saved, aq.view(), ak.view(), av.view(), options, false);
         return out;
     }
+    /// The same, written to `out`.
     template <class Out, class Q, class K, class V>
     void into(Out&& out, const Q& q, const K& k, const V& v, const CallOptions& options = {}) const {
         using T = common_element<Q, K, V>;
@@ -71,6 +72,7 @@ public:
         CompressedSaved<T> saved;
         run(detail::memory_view(out, "out"), saved, aq.view(), ak.view(), av.view(), options, options.accumulate);
     }
+    /// Forward pass for training.
     template <class Q, class K, class V>
     auto forward(const Q& q, const K& k, const V& v, const CallOptions& options = {}) const {
         using T = common_element<Q, K, V>;
@@ -80,32 +82,29 @@ public:
         forward_into(detail::memory_of(out), saved, q, k, v, options);
         return Forward<decltype(out), T, CompressedSaved<T>>{std::move(out), std::move(saved)};
     }
+    /// The same, written to `out` and `saved`.
     template <class Out, class T, class Q, class K, class V>
     void forward_into(Out&& out, CompressedSaved<T>& saved, const Q& q, const K& k, const V& v, const CallOptions& options = {}) const {
         static_assert(std::is_same_v<common_element<Q, K, V>, T> && std::is_same_v<detail::element_t<Out>, T>, "polyattn: out and saved must have the inputs' value type");
         const detail::Adapted<T> aq(q, "q"), ak(k, "k"), av(v, "v");
-        if constexpr (detail::is_raw_view<Q> && detail::is_raw_view<K> && detail::is_raw_view<V>) saved.borrowed_ = {aq.view(), ak.view(), av.view()};
-        else {
-            saved.q_ = detail::copy_of(aq.view());
-            saved.k_ = detail::copy_of(ak.view());
-            saved.v_ = detail::copy_of(av.view());
-        }
-        const auto view = [&](const std::optional<Tensor<T>>& owned, std::size_t at) { return owned ? std::as_const(*owned).view() : saved.borrowed_[at]; };
-        run(detail::memory_view(out, "out"), saved, view(saved.q_, 0), view(saved.k_, 1), view(saved.v_, 2), options, options.accumulate);
+        saved.inputs_.template keep<Q, K, V>(aq.view(), ak.view(), av.view());
+        run(detail::memory_view(out, "out"), saved, saved.inputs_.q(), saved.inputs_.k(), saved.inputs_.v(), options, options.accumulate);
     }
 
+    /// Gradients of q, k, v and of learned weights (gradients.compression). Repeatable.
     template <class T, class D>
     auto backward(const CompressedSaved<T>& saved, const D& d_out, const CallOptions& options = {}) const {
         const auto like = [](const TensorView<const T>& view) { return detail::make_result<D, T>(detail::shape_like(view, {view.tokens(), view.dim()})); };
-        Gradients<decltype(like(q_of(saved)))> gradients{like(q_of(saved)), like(k_of(saved)), like(v_of(saved)), {}, {}};
+        Gradients<decltype(like(saved.inputs_.q()))> gradients{like(saved.inputs_.q()), like(saved.inputs_.k()), like(saved.inputs_.v()), {}, {}};
         backward_into(gradients, saved, d_out, options);
         return gradients;
     }
+    /// The same, written to `gradients`.
     template <class TensorType, class T, class D>
     void backward_into(Gradients<TensorType>& gradients, const CompressedSaved<T>& saved, const D& d_out, const CallOptions& options = {}) const {
         static_assert(std::is_same_v<detail::element_t<D>, T>, "polyattn: d_out must have the inputs' value type");
         const detail::Adapted<T> ad(d_out, "d_out");
-        const TensorView<const T> q = q_of(saved), k = k_of(saved), v = v_of(saved), d = ad.view();
+        const TensorView<const T> q = saved.inputs_.q(), k = saved.inputs_.k(), v = saved.inputs_.v(), d = ad.view();
         Inner::require_shape(d, {q.extents[0], q.extents[1], q.extents[2], v.extents[3]}, q.rank, "d_out");
         const std::size_t hops = recursion_.hops.size();
         detail::require(saved.inner_.size() == hops, "saved", [&] { return detail::text("a forward pass of this layer, with ", hops, " hops"); }, saved.inner_.size());
@@ -167,13 +166,6 @@ public:
     }
 
 private:
-    template <class T>
-    static TensorView<const T> q_of(const CompressedSaved<T>& s) { return s.q_ ? std::as_const(*s.q_).view() : s.borrowed_[0]; }
-    template <class T>
-    static TensorView<const T> k_of(const CompressedSaved<T>& s) { return s.k_ ? std::as_const(*s.k_).view() : s.borrowed_[1]; }
-    template <class T>
-    static TensorView<const T> v_of(const CompressedSaved<T>& s) { return s.v_ ? std::as_const(*s.v_).view() : s.borrowed_[2]; }
-
     template <class Q, class T>
     auto result(const TensorView<const T>& q, const TensorView<const T>& k, const TensorView<const T>& v) const {
         inner_.check_shapes(q, k, v);
@@ -255,14 +247,24 @@ private:
         if (factor != 1)
             for (T& entry : d_rows.values) entry *= factor;
         const TensorView<const T> d_view = std::as_const(d_rows).view();
-        std::vector<double> parts(static_cast<std::size_t>(offset_t{keys.batch()} * to.heads()) * d_table.size(), 0.);
-        for_each_key_head(keys.batch(), to.heads(), heads, [&](index_t b, index_t h, index_t target) {
+        // Runs of heads add to sums of their own, and these are added in order: the order never depends on threads.
+        const offset_t items = offset_t{keys.batch()} * to.heads(), runs = d_table.empty() ? items : std::min<offset_t>(items, 16);
+        std::vector<double> parts(static_cast<std::size_t>(runs) * d_table.size(), 0.);
+        const auto head = [&](index_t b, index_t h, index_t target, std::span<double> own) {
             const index_t valid = valid_keys(saved.options_, b, keys.tokens());
             const auto& bound = detail::bind_compression(compression_, detail::row_range(keys.head(b, h / (heads / keys.heads())), 0, valid));
             const MatrixView<const T> from = detail::row_range(x.head(b, h / (heads / x.heads())), 0, valid), d = detail::row_range(d_view.head(b, h), 0, compression_.landmarks(valid));
-            const std::span<double> own = std::span(parts).subspan(static_cast<std::size_t>(offset_t{b} * to.heads() + target) * d_table.size(), d_table.size());
             if constexpr (reference) bound.compress_adjoint(from, what, d, to.head(b, target), own);
             else detail::simd::compress_adjoint<typename Inner::Arch>(bound, from, what, d, to.head(b, target), own);
+        };
+        const index_t group = heads / to.heads();
+        parallel_for(runs, [&](offset_t run, int) {
+            const std::span<double> own = std::span(parts).subspan(static_cast<std::size_t>(run) * d_table.size(), d_table.size());
+            for (offset_t item = items * run / runs; item < items * (run + 1) / runs; ++item)
+                for (index_t g = 0; g < group; ++g) {
+                    const auto target = static_cast<index_t>(item % to.heads());
+                    head(static_cast<index_t>(item / to.heads()), target * group + g, target, own);
+                }
         });
         for (std::size_t at = 0; at < parts.size(); ++at) d_table[at % d_table.size()] += parts[at];
     }
@@ -309,11 +311,11 @@ private:
         }
         for_each_key_head(batch, k.heads(), heads, [&](index_t b, index_t h, index_t kh) {
             const MatrixView<T> to = out.head(b, h);
-            for (index_t i = 0; i < n; ++i)
-                for (index_t c = 0; c < e; ++c) {
-                    const T value = hops > 0 ? saved.z_.back().view().head(b, h)(i, c) : i < inner.query_lengths[static_cast<std::size_t>(b)] ? static_cast<T>(recursion_.start) * v.head(b, kh)(i, c) : T(0);
-                    to(i, c) = accumulate ? to(i, c) + value : value;
-                }
+            const MatrixView<const T> from = hops > 0 ? MatrixView<const T>(saved.z_.back().view().head(b, h)) : v.head(b, kh);
+            const T factor = hops > 0 ? T(1) : static_cast<T>(recursion_.start);
+            const index_t valid = hops > 0 ? n : inner.query_lengths[static_cast<std::size_t>(b)];
+            if (!accumulate) detail::fill_with_zeros(to);
+            for (index_t i = 0; i < valid; ++i) detail::add_row_to<T>(from, i, factor, to, i);
         });
     }
 

@@ -30,6 +30,10 @@ template <class T>
 MatrixView<T> matrix_of(Tensor<T>& tensor) {
     return tensor.view().head(0, 0);
 }
+template <class T>
+MatrixView<const T> matrix_of(const Tensor<T>& tensor) {
+    return tensor.view().head(0, 0);
+}
 
 /// Z of Z <- Z (13 I - A Z (15 I - A Z (7 I - A Z))) / 4, from A^T / (largest column sum x largest row sum), and its gradient. O(iterations m^3).
 /// Source: Razavi et al. (2014), as in Xiong et al., "Nystromformer" (2021), equation 11.
@@ -40,25 +44,25 @@ public:
         m_ = a.rows;
         a_ = Tensor<T>({m_, m_});
         for (index_t i = 0; i < m_; ++i)
-            for (index_t j = 0; j < m_; ++j) matrix_of(a_)(i, j) = a(i, j);
+            for (index_t j = 0; j < m_; ++j) entry(a_, i, j) = a(i, j);
         std::tie(row_, row_sum_) = largest_row(a);
         std::tie(column_, column_sum_) = largest_row(transposed(a));
         z_.assign(static_cast<std::size_t>(iterations) + 1, Tensor<T>({m_, m_}));
         const T scale = 1 / (row_sum_ * column_sum_);
         for (index_t i = 0; i < m_; ++i)
-            for (index_t j = 0; j < m_; ++j) matrix_of(z_[0])(i, j) = a(j, i) * scale;
+            for (index_t j = 0; j < m_; ++j) entry(z_[0], i, j) = a(j, i) * scale;
         Tensor<T> x({m_, m_}), u({m_, m_}), w({m_, m_});
         for (index_t t = 0; t < iterations; ++t) {
             const MatrixView<const T> z = matrix_of(z_[static_cast<std::size_t>(t)]);
             polynomial(z, x, u, w, workspace);
             multiply<T>(z, matrix_of(w), matrix_of(z_[static_cast<std::size_t>(t) + 1]), false, workspace);
-            for (T& entry : z_[static_cast<std::size_t>(t) + 1].values) entry /= 4;
+                for (T& value : z_[static_cast<std::size_t>(t) + 1].values) value /= 4;
         }
     }
-    MatrixView<const T> result() const { return matrix_of(const_cast<Tensor<T>&>(z_.back())); }
+    MatrixView<const T> result() const { return matrix_of(z_.back()); }
 
     /// d_a = dL/dA from dL/dZ, which is used up.
-    void backward(Tensor<T>& d_z, MatrixView<T> d_a, Workspace& workspace) {
+    void backward(Tensor<T>& d_z, MatrixView<T> d_a, Workspace& workspace) const {
         for (index_t i = 0; i < m_; ++i) std::fill_n(d_a.row(i), m_, T(0));
         Tensor<T> x({m_, m_}), u({m_, m_}), w({m_, m_}), d_x({m_, m_}), d_u({m_, m_}), d_w({m_, m_}), next({m_, m_});
         const MatrixView<const T> a = matrix_of(a_);
@@ -66,10 +70,10 @@ public:
             // Z' = Z W / 4, W = 13 I - X U, U = 15 I - X (7 I - X) = 15 I - 7 X + X X, X = A Z.
             const MatrixView<const T> z = matrix_of(z_[t]);
             polynomial(z, x, u, w, workspace);
-            for (T& entry : d_z.values) entry /= 4;
+            for (T& value : d_z.values) value /= 4;
             multiply<T>(transposed(z), matrix_of(d_z), matrix_of(d_w), false, workspace);
             multiply<T>(matrix_of(d_z), transposed(MatrixView<const T>(matrix_of(w))), matrix_of(next), false, workspace);
-            for (T& entry : d_w.values) entry = -entry;
+            for (T& value : d_w.values) value = -value;
             multiply<T>(matrix_of(d_w), transposed(MatrixView<const T>(matrix_of(u))), matrix_of(d_x), false, workspace);
             multiply<T>(transposed(MatrixView<const T>(matrix_of(x))), matrix_of(d_w), matrix_of(d_u), false, workspace);
             for (std::size_t i = 0; i < d_x.values.size(); ++i) d_x.values[i] -= 7 * d_u.values[i];
@@ -84,8 +88,8 @@ public:
         T along = 0;
         for (index_t i = 0; i < m_; ++i)
             for (index_t j = 0; j < m_; ++j) {
-                along += matrix_of(d_z)(i, j) * a(j, i) * scale;
-                d_a(j, i) += matrix_of(d_z)(i, j) * scale;
+                along += entry(d_z, i, j) * a(j, i) * scale;
+                d_a(j, i) += entry(d_z, i, j) * scale;
             }
         for (index_t j = 0; j < m_; ++j) {
             d_a(row_, j) -= along / row_sum_;
@@ -94,6 +98,7 @@ public:
     }
 
 private:
+    T& entry(Tensor<T>& matrix, index_t i, index_t j) const { return matrix.values[static_cast<std::size_t>(i * m_ + j)]; }
     static std::pair<index_t, T> largest_row(MatrixView<const T> a) {
         std::pair<index_t, T> found{0, T(0)};
         for (index_t i = 0; i < a.rows; ++i) {
@@ -104,14 +109,14 @@ private:
         return found;
     }
     /// X = A Z, U = 15 I - 7 X + X X, W = 13 I - X U.
-    void polynomial(MatrixView<const T> z, Tensor<T>& x, Tensor<T>& u, Tensor<T>& w, Workspace& workspace) {
+    void polynomial(MatrixView<const T> z, Tensor<T>& x, Tensor<T>& u, Tensor<T>& w, Workspace& workspace) const {
         multiply<T>(matrix_of(a_), z, matrix_of(x), false, workspace);
         multiply<T>(matrix_of(x), matrix_of(x), matrix_of(u), false, workspace);
         for (std::size_t i = 0; i < u.values.size(); ++i) u.values[i] -= 7 * x.values[i];
-        for (index_t i = 0; i < m_; ++i) matrix_of(u)(i, i) += 15;
+        for (index_t i = 0; i < m_; ++i) entry(u, i, i) += 15;
         multiply<T>(matrix_of(x), matrix_of(u), matrix_of(w), false, workspace);
-        for (T& entry : w.values) entry = -entry;
-        for (index_t i = 0; i < m_; ++i) matrix_of(w)(i, i) += 13;
+        for (T& value : w.values) value = -value;
+        for (index_t i = 0; i < m_; ++i) entry(w, i, i) += 13;
     }
 
     index_t m_ = 0, row_ = 0, column_ = 0;
@@ -124,7 +129,8 @@ private:
 
 /// softmax(Q K~^T) softmax(Q~ K~^T)^+ (softmax(Q~ K^T) V), all scaled by 1 / sqrt(d), with segment means Q~, K~ as landmarks: linear in the tokens.
 /// Rows do not sum to 1 in general. An item's segments have ceil(its tokens / landmarks) tokens, the last fewer. Made of three calls of
-/// Attention<> a head; as many keys as queries. Calls, shapes and errors as of Attention. O(n m (d + e) + iterations m^3) a head.
+/// Attention<> a head; as many keys as queries. operator(), forward() and backward() take what those of Attention take, without plans, dropout
+/// and workspace; throws invalid_input. O(n m (d + e) + iterations m^3) a head.
 /// Source: Xiong et al., "Nystromformer" (2021), equations 8 to 14.
 class NystromAttention {
 public:
@@ -144,16 +150,11 @@ public:
     };
     /// What backward needs.
     template <class T>
-    class SavedOf {
+    class SavedOf : detail::MoveOnly {
         friend class NystromAttention;
-        std::optional<Tensor<T>> q_, k_, v_;
-        std::array<TensorView<const T>, 3> borrowed_{};
+        detail::SavedInputs<T> inputs_;
         CallOptions options_;
         std::vector<HeadSaved<T>> heads_;
-        const TensorView<const T> view(std::size_t at) const {
-            const std::optional<Tensor<T>>& owned = at == 0 ? q_ : at == 1 ? k_ : v_;
-            return owned ? owned->view() : borrowed_[at];
-        }
     };
 
     template <class Q, class K, class V>
@@ -172,15 +173,10 @@ public:
     template <class Out, class T, class Q, class K, class V>
     void forward_into(Out&& out, SavedOf<T>& saved, const Q& q, const K& k, const V& v, const CallOptions& options = {}) const {
         const detail::Adapted<T> aq(q, "q"), ak(k, "k"), av(v, "v");
-        if constexpr (detail::is_raw_view<Q> && detail::is_raw_view<K> && detail::is_raw_view<V>) saved.borrowed_ = {aq.view(), ak.view(), av.view()};
-        else {
-            saved.q_ = detail::copy_of(aq.view());
-            saved.k_ = detail::copy_of(ak.view());
-            saved.v_ = detail::copy_of(av.view());
-        }
+        saved.inputs_.template keep<Q, K, V>(aq.view(), ak.view(), av.view());
         saved.options_ = options;
         saved.options_.workspace = nullptr;
-        const TensorView<const T> vq = saved.view(0), vk = saved.view(1), vv = saved.view(2);
+        const TensorView<const T> vq = saved.inputs_.q(), vk = saved.inputs_.k(), vv = saved.inputs_.v();
         const TensorView<T> to = detail::memory_view(out, "out");
         check(vq, vk, vv, to, options);
         const index_t heads = vq.heads(), group = heads / vk.heads(), n = vq.tokens();
@@ -218,17 +214,22 @@ public:
     template <class T, class D>
     auto backward(const SavedOf<T>& saved, const D& d_out, const CallOptions& options = {}) const {
         const auto like = [](const TensorView<const T>& view) { return detail::make_result<D, T>(detail::shape_like(view, {view.tokens(), view.dim()})); };
-        Gradients<decltype(like(saved.view(0)))> gradients{like(saved.view(0)), like(saved.view(1)), like(saved.view(2)), {}, {}};
+        Gradients<decltype(like(saved.inputs_.q()))> gradients{like(saved.inputs_.q()), like(saved.inputs_.k()), like(saved.inputs_.v()), {}, {}};
         backward_into(gradients, saved, d_out, options);
         return gradients;
     }
     template <class TensorType, class T, class D>
     void backward_into(Gradients<TensorType>& gradients, const SavedOf<T>& saved, const D& d_out, const CallOptions& = {}) const {
         const detail::Adapted<T> ad(d_out, "d_out");
-        const TensorView<const T> q = saved.view(0), k = saved.view(1), v = saved.view(2), d = ad.view();
+        const TensorView<const T> q = saved.inputs_.q(), k = saved.inputs_.k(), v = saved.inputs_.v(), d = ad.view();
         const std::array<index_t, 4> wanted{q.extents[0], q.extents[1], q.extents[2], v.extents[3]};
-        if (d.extents != wanted) throw invalid_input("d_out", detail::shape_text(TensorView<const T>{nullptr, wanted, {}, q.rank}), detail::shape_text(d));
+        static_assert(std::is_same_v<detail::element_t<D>, T>, "polyattn: d_out must have the inputs' value type");
+        detail::require(saved.heads_.size() == static_cast<std::size_t>(offset_t{q.batch()} * q.heads()) && q.dim() > 0, "saved", "a forward pass of this layer", "none");
+        require_shape(d, wanted, q.rank, "d_out");
         const TensorView<T> vq = detail::memory_of(gradients.q), vk = detail::memory_of(gradients.k), vv = detail::memory_of(gradients.v);
+        require_shape<T>(vq, q.extents, q.rank, "gradients.q");
+        require_shape<T>(vk, k.extents, k.rank, "gradients.k");
+        require_shape<T>(vv, v.extents, v.rank, "gradients.v");
         const index_t heads = q.heads(), group = heads / k.heads(), n = q.tokens();
         gradients.bias.clear();
         gradients.compression.assign(parameters_.table.size(), 0.);
@@ -252,11 +253,10 @@ public:
                 auto writing = attention_.backward(head.writing, tensor_of(own), call);
                 const auto m = head.values.shape[0];
                 Tensor<T> d_inverse({m, m}), d_summary(head.summary.shape), d_a({m, m});
-                detail::multiply<T>(detail::matrix_of(writing.v), detail::transposed(summary_of(head)), detail::matrix_of(d_inverse), false, workspace);
+                detail::multiply<T>(detail::matrix_of(writing.v), detail::transposed(detail::matrix_of(head.summary)), detail::matrix_of(d_inverse), false, workspace);
                 detail::multiply<T>(detail::transposed(head.inverse.result()), detail::matrix_of(writing.v), detail::matrix_of(d_summary), false, workspace);
                 auto reading = attention_.backward(head.reading, std::as_const(d_summary).view(), call);
-                detail::PseudoInverse<T> inverse = head.inverse;
-                inverse.backward(d_inverse, detail::matrix_of(d_a), workspace);
+                head.inverse.backward(d_inverse, detail::matrix_of(d_a), workspace);
                 auto landmarks = attention_.backward(head.landmarks, std::as_const(d_a).view(), call);
                 for (std::size_t i = 0; i < landmarks.q.values.size(); ++i) landmarks.q.values[i] += reading.q.values[i];
                 for (std::size_t i = 0; i < landmarks.k.values.size(); ++i) landmarks.k.values[i] += writing.k.values[i];
@@ -279,22 +279,20 @@ private:
     static TensorView<T> tensor_of(MatrixView<T> rows) {
         return detail::make_view<T>(rows.data, std::array<index_t, 2>{rows.rows, rows.cols}, std::array<std::ptrdiff_t, 2>{rows.row_stride, rows.col_stride}, "rows");
     }
-    template <class T>
-    static MatrixView<const T> summary_of(const HeadSaved<T>& head) { return head.summary.view().head(0, 0); }
-
     index_t segment_length(index_t tokens) const { return detail::segments(tokens, parameters_.landmarks); }
     static index_t valid_tokens(const CallOptions& options, index_t b, index_t tokens) { return options.key_lengths.empty() ? tokens : options.key_lengths[static_cast<std::size_t>(b)]; }
 
     template <class T>
+    static void require_shape(const TensorView<const T>& view, const std::array<index_t, 4>& extents, int rank, const char* argument) {
+        if (view.extents != extents || view.rank != rank) throw invalid_input(argument, detail::shape_text(TensorView<const T>{nullptr, extents, {}, rank}), detail::shape_text(view));
+    }
+    template <class T>
     void check(const TensorView<const T>& q, const TensorView<const T>& k, const TensorView<const T>& v, const TensorView<T>& out, const CallOptions& options) const {
-        const auto same = [](const TensorView<const T>& view, const std::array<index_t, 4>& extents, int rank, const char* argument) {
-            if (view.extents != extents || view.rank != rank) throw invalid_input(argument, detail::shape_text(TensorView<const T>{nullptr, extents, {}, rank}), detail::shape_text(view));
-        };
         detail::require(q.dim() >= 1, "q", "a head dimension >= 1", q.dim());
         detail::require(k.heads() > 0 && q.heads() % k.heads() == 0, "k", [&] { return detail::text("a number of heads that divides q's ", q.heads()); }, k.heads());
-        same(k, {q.extents[0], k.extents[1], q.extents[2], q.extents[3]}, q.rank, "k");
-        same(v, {q.extents[0], k.extents[1], q.extents[2], v.extents[3]}, q.rank, "v");
-        same(out, {q.extents[0], q.extents[1], q.extents[2], v.extents[3]}, q.rank, "out");
+        require_shape(k, {q.extents[0], k.extents[1], q.extents[2], q.extents[3]}, q.rank, "k");
+        require_shape(v, {q.extents[0], k.extents[1], q.extents[2], v.extents[3]}, q.rank, "v");
+        require_shape<T>(out, {q.extents[0], q.extents[1], q.extents[2], v.extents[3]}, q.rank, "out");
         detail::check_lengths(options.key_lengths, q.batch(), q.tokens(), "key_lengths");
         detail::require(options.query_lengths.empty() || options.query_lengths == options.key_lengths, "query_lengths", "none, or the key_lengths", "others");
         detail::require(options.dropout.weights == 0 && options.dropout.values == 0, "dropout", "none: rows are products of three matrices", "one");

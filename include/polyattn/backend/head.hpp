@@ -70,6 +70,14 @@ T empty_row() {
     if constexpr (sizeof(T) == 4) return std::bit_cast<float>(0xff800000u);
     else return std::bit_cast<double>(0xfff0000000000000u);
 }
+/// -0, the mark of a row of kernel attention that is a mean.
+template <class T>
+T mean_row() {
+    if constexpr (sizeof(T) == 4) return std::bit_cast<float>(0x80000000u);
+    else return std::bit_cast<double>(0x8000000000000000u);
+}
+inline bool is_mean_row(float inverse) { return std::bit_cast<std::uint32_t>(inverse) == 0x80000000u; }
+inline bool is_mean_row(double inverse) { return std::bit_cast<std::uint64_t>(inverse) == 0x8000000000000000u; }
 inline bool is_empty_row(float logsumexp) { return std::bit_cast<std::uint32_t>(logsumexp) == 0xff800000u; }
 inline bool is_empty_row(double logsumexp) { return std::bit_cast<std::uint64_t>(logsumexp) == 0xfff0000000000000u; }
 

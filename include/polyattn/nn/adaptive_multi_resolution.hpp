@@ -25,8 +25,8 @@ class AdaptiveMultiResolution;
 /// Adaptive multi-resolution attention: Q = x Wq, K = x Wk, V = x Wv; a router sends each query to one of H resolutions; there, S sub-heads with
 /// projections of their own attend to the segment means of K and V; the rows, back in place, go through Wo. No biases (but Wo's).
 /// Means and projections are linear maps, so tokens are averaged first, and the two projections of a path are multiplied first: only
-/// landmarks are projected, and each query once. Queries are sorted by resolution (stable counting sort), so the work on them is dense. For n
-/// tokens O(n d^2 + n sum_h L_h d) whatever the lengths L of the segments. Parameters d^2 (4 + 3 H) + d H, and d of Wo's bias.
+/// landmarks are projected, and each query once. Queries are sorted by resolution (stable counting sort), so the work on them is dense. O(n d^2
+/// (1 + sum_h 1 / L_h) + H d^3) a call: the last term, from the products of weights, counts where a batch has fewer than some 3 H d tokens. Parameters d^2 (4 + 3 H) + d H, and d of Wo's bias.
 /// Deterministic for any number of threads. Source: AdaMRA (2021), equations 5 to 11.
 template <class T, index_t... L, class Router, class Score>
 class AdaptiveMultiResolution<T, MultiResolution<SegmentMeans<L...>, Router, Score>> {
@@ -59,7 +59,8 @@ public:
 
     index_t heads() const { return heads_; }
 
-    struct Saved {
+    /// Moved, not copied.
+    struct Saved : detail::MoveOnly {
         Tensor<T> probabilities, context, d_context, d_merge, d_logits;
         std::vector<index_t> routes;    // of each row; -1: padding
         std::vector<index_t> order;     // rows by (resolution, batch item, place)
@@ -86,6 +87,9 @@ public:
     void forward(MatrixView<const T> x, MatrixView<const T> residual, MatrixView<T> y, index_t batch, Saved& saved, const CallOptions& options, const detail::ActivationDropout& dropout) const {
         Workspace& workspace = *options.workspace;
         const index_t tokens = batch > 0 ? x.rows / batch : 0;
+        detail::check_lengths(options.key_lengths, batch, tokens, "key_lengths");
+        detail::require(options.query_lengths.empty(), "query_lengths", "none: queries and keys are the same tokens", options.query_lengths.size());
+        detail::require(!options.plan && options.item_plans.empty(), "plan", "none with several resolutions", "one");
         saved.dropout = dropout;
         saved.valid.assign(static_cast<std::size_t>(batch), tokens);
         if (!options.key_lengths.empty()) saved.valid = options.key_lengths;
@@ -111,13 +115,13 @@ public:
             detail::multiply(detail::rows_of(std::as_const(at.rows)), detail::transposed(detail::rows_of(std::as_const(at.folded_query))), detail::rows_of(at.queries), false, workspace);
             at.attention.resize(static_cast<std::size_t>(batch));
         }
-        saved.workspaces.resize(static_cast<std::size_t>(std::max(worker_count(), static_cast<int>(saved.workspaces.size()))));
+        prepare_workspaces(saved);
         parallel_for(offset_t{resolutions} * batch, [&](offset_t unit, int worker) {
             const auto h = static_cast<index_t>(unit / batch), b = static_cast<index_t>(unit % batch);
             auto& at = saved.resolution[static_cast<std::size_t>(h)];
             const Views<T> views = views_of(saved, h, b, batch, tokens, at.queries, at.landmarks, at.out);
             CallOptions own_options{.draw = options.draw, .dropout = options.dropout, .workspace = &saved.workspaces[static_cast<std::size_t>(worker)]};
-            own_options.draw.worker = static_cast<std::uint32_t>(unit);  // masks of its own
+            own_options.draw.worker = options.draw.worker * static_cast<std::uint32_t>(resolutions * batch) + static_cast<std::uint32_t>(unit);  // masks of its own
             inner_.forward_into(views.q, at.attention[static_cast<std::size_t>(b)], constant(views.queries), constant(views.k), constant(views.v), own_options);
         });
         for (index_t h = 0; h < resolutions; ++h) {
@@ -164,6 +168,7 @@ public:
                 detail::simd::scale_row<T, Arch>(d, gate, dim_, d_out.row(r));
             });
         }
+        prepare_workspaces(saved);
         parallel_for(offset_t{resolutions} * batch, [&](offset_t unit, int worker) {
             const auto h = static_cast<index_t>(unit / batch), b = static_cast<index_t>(unit % batch);
             auto& at = saved.resolution[static_cast<std::size_t>(h)];
@@ -203,7 +208,12 @@ public:
             const MatrixView<const T> d_logits = detail::rows_of(std::as_const(saved.d_logits));
             detail::multiply(d_logits, detail::rows_of(std::as_const(saved.folded_router)), d_x, true, workspace);
             detail::reshape(saved.d_folded_router, {resolutions, dim_});
-            detail::multiply(detail::transposed(d_logits), x, detail::rows_of(saved.d_folded_router), false, workspace);
+            // Item by item where there is padding, whose rows may hold anything.
+            const bool whole = std::all_of(saved.valid.begin(), saved.valid.end(), [&](index_t valid) { return valid == tokens; });
+            for (index_t b = 0; b < (whole ? std::min(batch, index_t{1}) : batch); ++b) {
+                const index_t first = b * tokens, last = whole ? x.rows : first + saved.valid[static_cast<std::size_t>(b)];
+                detail::multiply(detail::transposed(detail::row_range(d_logits, first, last)), detail::row_range(x, first, last), detail::rows_of(saved.d_folded_router), b > 0, workspace);
+            }
             unfold(detail::rows_of(saved.d_folded_router), router[0], query, workspace);
         }
     }
@@ -230,6 +240,9 @@ private:
         TensorView<U> queries, k, v, q;  // q: where the output, or its gradient, lies
     };
 
+    static void prepare_workspaces(Saved& saved) {
+        saved.workspaces.resize(std::max(static_cast<std::size_t>(worker_count()), saved.workspaces.size()));
+    }
     template <class F>
     static void for_each_item(index_t batch, F&& f) {
         parallel_for(batch, [&](offset_t b, int) { f(static_cast<index_t>(b)); });

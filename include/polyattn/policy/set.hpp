@@ -50,11 +50,6 @@ inline constexpr bool is_linear = [] {
     if constexpr (CompressionPolicy<C>) return C::is_linear;
     else return true;
 }();
-template <class C>
-inline constexpr std::size_t resolutions = 1;
-template <class C>
-    requires requires { C::lengths; }
-inline constexpr std::size_t resolutions<C> = C::lengths.size();
 
 template <class... Ps>
 struct PolicySet {
@@ -80,7 +75,7 @@ struct PolicySet {
     static constexpr bool compresses = !std::same_as<Compression, NoCompression>;
     static constexpr bool compression_alone = std::same_as<Pattern, Dense> && std::same_as<Sampler, AllSources> && std::same_as<Bias, NoBias>;
     static constexpr bool linear_diffusion = std::same_as<Diffusion, NoDiffusion> || is_linear<Compression>;
-    static constexpr bool one_resolution = resolutions<Compression> == 1;
+    static constexpr bool one_resolution = segment_lengths<Compression> <= 1;
     static constexpr bool fits = (!DataDependentPattern<Pattern> || std::same_as<Sampler, AllSources>) && (!compresses || (compression_alone && linear_diffusion && one_resolution)) && (!detail::is_causal<Pattern>() || detail::has_causal_form<Sampler>()) &&
                                  (!kernel || (kernel_pattern && std::same_as<Bias, NoBias> && !diffuses_epsilon));
     static constexpr bool valid = fits && policies_only && no_repeats && complete;

@@ -123,7 +123,7 @@ KernelOperator make_operator(const KernelHead<T, Features>& head) {
             continue;
         }
         op.denominators[at] = denominator;
-        op.logsumexp[at] = denominator == 0 ? 0 : 1 / denominator;
+        op.logsumexp[at] = denominator == 0 ? mean_row<double>() : 1 / denominator;
         op.alive[at] = true;
         for (Edge& edge : row) edge.weight = denominator == 0 ? 1 / double(row.size()) : edge.weight / denominator;
     }

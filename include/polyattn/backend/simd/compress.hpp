@@ -43,12 +43,12 @@ void spread_segments(index_t tokens, index_t length, MatrixView<const T> d_y, Ma
 
 template <class A, class T, class Policy>
 void compress(const Policy& policy, MatrixView<const T> x, Compressed what, MatrixView<T> y) {
-    if constexpr (requires { Policy::lengths; }) segment_means<A>(x, Policy::lengths[0], y);
+    if constexpr (segment_lengths<Policy> > 0) segment_means<A>(x, Policy::lengths[0], y);
     else policy.compress(x, what, y);
 }
 template <class A, class T, class Policy>
 void compress_adjoint(const Policy& policy, MatrixView<const T> x, Compressed what, MatrixView<const T> d_y, MatrixView<T> d_x, std::span<double> d_table) {
-    if constexpr (requires { Policy::lengths; }) spread_segments<A>(x.rows, Policy::lengths[0], d_y, d_x);
+    if constexpr (segment_lengths<Policy> > 0) spread_segments<A>(x.rows, Policy::lengths[0], d_y, d_x);
     else policy.compress_adjoint(x, what, d_y, d_x, d_table);
 }
 

@@ -50,10 +50,41 @@ POLYATTN_ALWAYS_INLINE Vec<T, A> through_features(const F& map, Vec<T, A> x, Vec
     }
 }
 
+/// Rows that will be read next: tiles fetch a few lines of them at a time, so that memory works while they compute.
+template <class T>
+class NextRows {
+public:
+    NextRows() = default;
+    /// Rows [first, last) in as many equal steps.
+    NextRows(Rows<T> rows, index_t first, index_t last, index_t columns, index_t steps)
+        : rows_(rows), at_(first), last_(last), columns_(columns), step_(last > first && steps > 0 ? static_cast<index_t>((offset_t{last - first} * ((columns + line - 1) / line) + steps - 1) / steps) : 0) {}
+    POLYATTN_ALWAYS_INLINE void step() {
+        for (index_t l = 0; l < step_ && at_ < last_; ++l) {
+            prefetch(rows_.row(at_) + column_);
+            if ((column_ += line) >= columns_) {
+                column_ = 0;
+                ++at_;
+            }
+        }
+    }
+
+private:
+    static constexpr index_t line = 64 / sizeof(T);
+    Rows<T> rows_;
+    index_t at_ = 0, last_ = 0, columns_ = 0, column_ = 0, step_ = 0;
+};
+/// Tiles of a product with so many rows and columns.
+template <class T, class A>
+index_t tile_count(index_t rows, index_t columns) {
+    using K = Tiling<T, A>;
+    const index_t vectors = (columns + K::lanes - 1) / K::lanes;
+    return (rows + K::rows - 1) / K::rows * ((vectors + K::columns - 1) / K::columns);
+}
+
 /// out[rows][columns] (+)= factors[row] * a x: a [rows][inner] and x [inner][columns] as stored, columns whole vectors. Null factors: 1.
 template <class T, class A>
 POLYATTN_NOINLINE void row_product(const T* a, std::ptrdiff_t a_stride, index_t rows, index_t inner, const T* x, std::ptrdiff_t x_stride, index_t columns, T* out,
-                                   std::ptrdiff_t out_stride, const T* factors, bool add) {
+                                   std::ptrdiff_t out_stride, const T* factors, bool add, NextRows<T> next = {}) {
     using V = Vec<T, A>;
     using K = Tiling<T, A>;
     for_column_panels<K::columns, K::lanes>(columns, [&](auto width, index_t column) POLYATTN_INLINE_LAMBDA {
@@ -61,6 +92,7 @@ POLYATTN_NOINLINE void row_product(const T* a, std::ptrdiff_t a_stride, index_t 
             constexpr int M = height, N = width;
             V acc[M * N];
             T* const to = out + row * out_stride + column;
+            next.step();
             if (add) expand<M * N>([&]<int... I>(Ints<I...>) POLYATTN_INLINE_LAMBDA { ((acc[I] = V::load_unaligned(to + I / N * out_stride + I % N * K::lanes)), ...); });
             else expand<M * N>([&]<int... I>(Ints<I...>) POLYATTN_INLINE_LAMBDA { ((acc[I] = V(T(0))), ...); });
             row_sum_tile<M, N, T, A>(acc, a + row * a_stride, a_stride, x + column, x_stride, inner);

@@ -11,10 +11,13 @@ namespace detail::simd {
 
 /// to[features][columns] += phi^T z over `count` rows: phi [count][stride], z [count][..].
 template <class T, class A>
-POLYATTN_NOINLINE void outer_sum(const T* phi, std::ptrdiff_t stride, index_t features, Rows<T> z, index_t first, index_t count, index_t columns, T* to) {
+POLYATTN_NOINLINE void outer_sum(const T* phi, std::ptrdiff_t stride, index_t features, Rows<T> z, index_t first, index_t count, index_t columns, T* to, NextRows<T> next = {},
+                                 NextRows<T> also = {}) {
     using K = Tiling<T, A>;
     for_column_panels<K::columns, K::lanes>(columns, [&](auto width, index_t column) POLYATTN_INLINE_LAMBDA {
         for_each_key_tile<K::rows>(features, [&](auto height, index_t f) POLYATTN_INLINE_LAMBDA {
+            next.step();
+            also.step();
             weighted_sum_tile<height, width, T, A>(phi + f, z.row(first) + column, z.stride, count, to + offset_t{f} * columns + column, columns, true, stride);
         });
     });
@@ -141,12 +144,13 @@ public:
             row_dots<T, A>(scratch.phi, f_, valid, sums_, f_, scratch.numbers);
             for (index_t i = 0; i < count; ++i) set_inverse(first + i, scratch.numbers[i], head_.key_length);
             for (index_t i = 0; i < valid; ++i) scratch.numbers[i] = static_cast<T>(hop.walk) * factor(first + i);
-            row_product<T, A>(scratch.phi, f_, valid, features_.count(), state, columns_, columns_, out + first * out_stride, out_stride, scratch.numbers, false);
+            row_product<T, A>(scratch.phi, f_, valid, features_.count(), state, columns_, columns_, out + first * out_stride, out_stride, scratch.numbers, false,
+                              next_rows(q_, first + count, head_.query_length, head_.q.cols, tile_count<T, A>(valid, columns_)));
             for (index_t i = first; i < first + count; ++i) finish_row(i, mean_, v, hop, out + i * out_stride);
         });
     }
 
-    /// 1 / denominator; 0 of a row that is a mean; -infinity of an empty one.
+    /// 1 / denominator; -0 of a row that is a mean; -infinity of an empty one.
     T logsumexp(index_t i) const { return inverse_[static_cast<std::size_t>(i)]; }
 
 protected:
@@ -163,14 +167,14 @@ protected:
         T& inverse = inverse_[static_cast<std::size_t>(i)];
         const T denominator = sum + static_cast<T>(head_.epsilon);
         if (i >= head_.query_length || visible <= 0 || (denominator == 0 && head_.zero != ZeroRow::mean)) inverse = empty_row<T>();
-        else inverse = denominator == 0 ? T(0) : 1 / denominator;
+        else inverse = denominator == 0 ? mean_row<T>() : 1 / denominator;
     }
     /// What a row's sum is multiplied by: nothing of a row that is a mean or empty.
     T factor(index_t i) const {
         const T inverse = inverse_[static_cast<std::size_t>(i)];
-        return is_empty_row(inverse) ? T(0) : inverse;
+        return is_empty_row(inverse) || is_mean_row(inverse) ? T(0) : inverse;
     }
-    bool is_mean(index_t i) const { return inverse_[static_cast<std::size_t>(i)] == 0; }
+    bool is_mean(index_t i) const { return is_mean_row(inverse_[static_cast<std::size_t>(i)]); }
 
     void finish_row(index_t i, const T* mean, Rows<T> v, const Hop& hop, T* to) const {
         if (i >= head_.query_length || is_empty_row(inverse_[static_cast<std::size_t>(i)])) {
@@ -210,10 +214,14 @@ protected:
     void add_keys(Rows<T> z, index_t first, index_t count, const Scratch& scratch, T* state, T* sums, T* total) const {
         features_.template forward<false>(k_, first, count, scratch.phi);
         add_rows(scratch.phi, f_, count, sums);
-        outer_sum<T, A>(scratch.phi, f_, features_.count(), z, first, count, columns_, state);
+        const index_t tiles = tile_count<T, A>(features_.count(), columns_);
+        outer_sum<T, A>(scratch.phi, f_, features_.count(), z, first, count, columns_, state, next_rows(k_, first + count, head_.key_length, head_.k.cols, tiles),
+                        next_rows(z, first + count, head_.key_length, columns_, tiles));
         if (head_.zero == ZeroRow::mean)
             for (index_t j = first; j < first + count; ++j) add_scaled<T, A>(T(1), z.row(j), columns_, total);
     }
+    /// The next block of some rows, to fetch in so many steps.
+    static NextRows<T> next_rows(Rows<T> rows, index_t first, index_t length, index_t columns, index_t steps) { return {rows, first, std::min(first + block, length), columns, steps}; }
     static void add_rows(const T* rows, index_t columns, index_t count, T* to) {
         for (index_t c = 0; c < columns; c += width) {
             V sum = V::load_aligned(to + c);

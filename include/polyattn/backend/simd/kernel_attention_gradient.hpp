@@ -15,6 +15,7 @@ class KernelAttentionGradient : public KernelAttention<T, A, Features> {
     using typename Base::Scratch;
     using Base::block, Base::chunk, Base::columns_, Base::f_, Base::features_, Base::head_, Base::inverse_, Base::k_, Base::mean_, Base::q_, Base::scratch_, Base::sums_, Base::workers_;
     using Base::width;
+    using typename Base::V;
 
 public:
     KernelAttentionGradient(const KernelHead<T, Features>& head, const HeadGradient<T>& gradient, bool, const Workers& workers) : Base(head, workers), states_(gradient.states) {
@@ -23,7 +24,8 @@ public:
         if (!head.causal) d_states_ = workers[0].template take<T>(hop_ * state_size()).data();
     }
 
-    bool shares_passes() const { return false; }
+    /// One hop: what apply_transposed() does is part of weights_gradient().
+    bool shares_passes() const { return !head_.causal; }
     bool is_alive(index_t i) const { return !is_empty_row(inverse_[static_cast<std::size_t>(i)]); }
 
     /// out = A^T g, [keys][columns]. Called for the last hop first.
@@ -33,37 +35,36 @@ public:
         sum_in_chunks(head_.query_length, state_size() + columns_, d_state, mean_, columns_, [&](index_t first, index_t count, const Scratch& scratch, T* part) {
             scaled_queries(first, count, scratch.phi);
             outer_sum<T, A>(scratch.phi, f_, features_.count(), g, first, count, columns_, part);
-            for (index_t i = first; i < first + count; ++i)
-                if (Base::is_mean(i)) add_scaled<T, A>(1 / static_cast<T>(head_.key_length), g.row(i), columns_, part + state_size());
+            add_means(g, first, count, part + state_size());
         });
         parallel_for((head_.k.rows + block - 1) / block, [&](offset_t unit, int worker) {
             const Scratch& scratch = Base::scratch_of(worker);
             const auto first = static_cast<index_t>(unit) * block, count = std::min(block, head_.k.rows - first), valid = std::clamp(head_.key_length - first, index_t{0}, count);
             features_.template forward<false>(k_, first, valid, scratch.phi);
-            keys_times(scratch.phi, first, valid, d_state, out);
-            if (head_.zero == ZeroRow::mean)
-                for (index_t j = first; j < first + valid; ++j) add_scaled<T, A>(T(1), mean_, columns_, out + offset_t{j} * columns_);
-            std::fill(out + offset_t{first + valid} * columns_, out + offset_t{first + count} * columns_, T(0));
+            store_keys(first, valid, count, scratch.phi, d_state, mean_, out);
         });
     }
 
-    /// Adds to d_q and d_k, after all hops' apply_transposed().
-    void weights_gradient(std::span<const WeightGradientTerm<T>> terms, std::span<const T> row_means, const HeadGradient<T>& gradient, T*) {
+    /// Adds to d_q and d_k, after all hops' apply_transposed(); or for the only hop before it, and `out` gets A^T g.
+    void weights_gradient(std::span<const WeightGradientTerm<T>> terms, std::span<const T> row_means, const HeadGradient<T>& gradient, T* out) {
         if (head_.causal) return causal_gradient(terms, row_means, gradient);
         const auto count_terms = static_cast<offset_t>(terms.size());
-        const index_t inner = head_.v.cols;
+        const index_t inner = head_.v.cols, features = features_.count();
         T* const turned = workers_[0].template take<T>(count_terms * columns_ * f_).data();
         std::fill_n(turned, count_terms * columns_ * f_, T(0));
         const auto turn = [&](const T* states) {
-            for (offset_t k = 0; k < count_terms; ++k) transpose_rows<T, A>(states + k * state_size(), columns_, features_.count(), columns_, turned + k * columns_ * f_, f_);
+            for (offset_t k = 0; k < count_terms; ++k) transpose_rows<T, A>(states + k * state_size(), columns_, features, columns_, turned + k * columns_ * f_, f_);
         };
         turn(states_);
         const T* const sums = states_ + count_terms * state_size();
-        T* const d_sums = workers_[0].template take<T>(f_).data();
-        sum_in_chunks(head_.query_length, f_, d_sums, nullptr, 0, [&](index_t first, index_t count, const Scratch& scratch, T* part) {
+        T* const d_sums = workers_[0].template take<T>(f_ + (out ? columns_ + state_size() : 0)).data();  // and of the only hop the mean rows' share, and dS
+        sum_in_chunks(head_.query_length, f_ + (out ? columns_ + state_size() : 0), d_sums, nullptr, 0, [&](index_t first, index_t count, const Scratch& scratch, T* part) {
             features_.template forward<true>(q_, first, count, scratch.phi);
-            for (offset_t k = 0; k < count_terms; ++k)
-                row_product<T, A>(terms[static_cast<std::size_t>(k)].g.row(first), terms[static_cast<std::size_t>(k)].g.stride, count, inner, turned + k * columns_ * f_, f_, f_, scratch.d_phi, f_, nullptr, k > 0);
+            for (offset_t k = 0; k < count_terms; ++k) {
+                const Rows<T> g = terms[static_cast<std::size_t>(k)].g;
+                row_product<T, A>(g.row(first), g.stride, count, inner, turned + k * columns_ * f_, f_, f_, scratch.d_phi, f_, nullptr, k > 0,
+                                  Base::next_rows(g, first + count, head_.query_length, columns_, tile_count<T, A>(count, f_)));
+            }
             for (index_t i = 0; i < count; ++i) {
                 const T factor = Base::factor(first + i), mean = row_means[static_cast<std::size_t>(first + i)];
                 T *const phi = scratch.phi + offset_t{i} * f_, *const d_phi = scratch.d_phi + offset_t{i} * f_;
@@ -71,19 +72,27 @@ public:
                     std::fill_n(d_phi, f_, T(0));
                     continue;
                 }
-                add_scaled<T, A>(-mean, sums, f_, d_phi);
-                scale_row<T, A>(d_phi, factor, f_, d_phi);
-                add_scaled<T, A>(-mean * factor, phi, f_, part);
+                for (index_t c = 0; c < f_; c += width) {
+                    (V(factor) * multiply_add(V(-mean), V::load_unaligned(sums + c), V::load_aligned(d_phi + c))).store_aligned(d_phi + c);
+                    multiply_add(V(-mean * factor), V::load_aligned(phi + c), V::load_unaligned(part + c)).store_unaligned(part + c);
+                }
             }
             features_.backward(q_, first, count, scratch.phi, scratch.d_phi, scratch.rows, gradient.d_q);
+            if (!out) return;
+            scale_queries(first, count, scratch.phi);
+            outer_sum<T, A>(scratch.phi, f_, features, terms[0].g, first, count, columns_, part + f_ + columns_,
+                            Base::next_rows(q_, first + count, head_.query_length, head_.q.cols, tile_count<T, A>(features, columns_)));
+            add_means(terms[0].g, first, count, part + f_);
         });
-        turn(d_states_);
-        parallel_for((head_.key_length + block - 1) / block, [&](offset_t unit, int worker) {
+        const T* const d_states = out ? d_sums + f_ + columns_ : d_states_;
+        turn(d_states);
+        parallel_for((head_.k.rows + block - 1) / block, [&](offset_t unit, int worker) {
             const Scratch& scratch = Base::scratch_of(worker);
-            const auto first = static_cast<index_t>(unit) * block, count = std::min(block, head_.key_length - first);
-            features_.template forward<false>(k_, first, count, scratch.phi);
-            d_features_of_keys(terms, first, count, turned, d_sums, scratch.d_phi);
-            features_.backward(k_, first, count, scratch.phi, scratch.d_phi, scratch.rows, gradient.d_k);
+            const auto first = static_cast<index_t>(unit) * block, count = std::min(block, head_.k.rows - first), valid = std::clamp(head_.key_length - first, index_t{0}, count);
+            features_.template forward<false>(k_, first, valid, scratch.phi);
+            d_features_of_keys(terms, first, valid, turned, d_sums, scratch.d_phi);
+            if (out) store_keys(first, valid, count, scratch.phi, d_states, d_sums + f_, out);
+            features_.backward(k_, first, valid, scratch.phi, scratch.d_phi, scratch.rows, gradient.d_k);
         });
     }
 
@@ -103,7 +112,7 @@ private:
             for (auto i = static_cast<index_t>(c * chunk); i < last; i += block) f(i, std::min(block, last - i), Base::scratch_of(worker), parts + c * size);
         });
         std::copy_n(parts, size - tail, sum);
-        std::copy_n(parts + size - tail, tail, sum_tail);
+        if (tail > 0) std::copy_n(parts + size - tail, tail, sum_tail);
         for (offset_t c = 1; c < chunks; ++c) {
             add_scaled<T, A>(T(1), parts + c * size, static_cast<index_t>(size - tail), sum);
             add_scaled<T, A>(T(1), parts + (c + 1) * size - tail, tail, sum_tail);
@@ -111,9 +120,25 @@ private:
         workers_[0].release(mark);
     }
 
+    /// Gradients of rows that are means, to what every key gets.
+    void add_means(Rows<T> g, index_t first, index_t count, T* to) const {
+        if (head_.zero != ZeroRow::mean) return;
+        for (index_t i = first; i < first + count; ++i)
+            if (Base::is_mean(i)) add_scaled<T, A>(1 / static_cast<T>(head_.key_length), g.row(i), columns_, to);
+    }
+    /// out = A^T g for a block of keys; zeros behind the valid ones.
+    void store_keys(index_t first, index_t valid, index_t count, const T* phi, const T* d_state, const T* means, T* out) const {
+        keys_times(phi, first, valid, d_state, out);
+        if (head_.zero == ZeroRow::mean)
+            for (index_t j = first; j < first + valid; ++j) add_scaled<T, A>(T(1), means, columns_, out + offset_t{j} * columns_);
+        std::fill(out + offset_t{first + valid} * columns_, out + offset_t{first + count} * columns_, T(0));
+    }
     /// Rows of B; zeros for means and empty rows.
     void scaled_queries(index_t first, index_t count, T* phi) const {
         features_.template forward<true>(q_, first, count, phi);
+        scale_queries(first, count, phi);
+    }
+    void scale_queries(index_t first, index_t count, T* phi) const {
         for (index_t i = 0; i < count; ++i) {
             const T factor = Base::factor(first + i);
             T* const row = phi + offset_t{i} * f_;
@@ -123,13 +148,15 @@ private:
     }
     /// out rows = phi(k) d_state.
     void keys_times(const T* phi, index_t first, index_t count, const T* d_state, T* out) const {
-        row_product<T, A>(phi, f_, count, features_.count(), d_state, columns_, columns_, out + offset_t{first} * columns_, columns_, nullptr, false);
+        row_product<T, A>(phi, f_, count, features_.count(), d_state, columns_, columns_, out + offset_t{first} * columns_, columns_, nullptr, false,
+                          Base::next_rows(k_, first + count, head_.key_length, head_.k.cols, tile_count<T, A>(count, columns_)));
     }
     /// d_phi rows = d_sums + sum_k Z_k dS_k^T.
     void d_features_of_keys(std::span<const WeightGradientTerm<T>> terms, index_t first, index_t count, const T* turned, const T* d_sums, T* d_phi) const {
         for (index_t j = 0; j < count; ++j) std::copy_n(d_sums, f_, d_phi + offset_t{j} * f_);
         for (std::size_t k = 0; k < terms.size(); ++k)
-            row_product<T, A>(terms[k].z.row(first), terms[k].z.stride, count, head_.v.cols, turned + static_cast<offset_t>(k) * columns_ * f_, f_, f_, d_phi, f_, nullptr, true);
+            row_product<T, A>(terms[k].z.row(first), terms[k].z.stride, count, head_.v.cols, turned + static_cast<offset_t>(k) * columns_ * f_, f_, f_, d_phi, f_, nullptr, true,
+                              Base::next_rows(terms[k].z, first + count, head_.key_length, columns_, tile_count<T, A>(count, f_)));
     }
 
     void scan_back(Rows<T> g, T* out) {

@@ -34,7 +34,8 @@ void recurrent_step(const KernelHead<T, Features>& head, index_t tokens, T* stat
         outer_sum<T, A>(k, f, features.count(), Rows<T>{z, columns}, 0, 1, columns, sums);
         add_scaled<T, A>(T(1), z, columns, total);
         const T walk = static_cast<T>(hop.walk), factor = empty ? T(0) : zero ? walk / static_cast<T>(tokens) : walk / denominator;
-        if (zero) scale_row<T, A>(total, factor, columns, next);
+        if (empty) std::fill_n(next, columns, T(0));
+        else if (zero) scale_row<T, A>(total, factor, columns, next);
         else row_product<T, A>(q, f, 1, features.count(), sums, columns, columns, next, columns, &factor, false);
         if (!empty && hop.teleport != 0) add_scaled<T, A>(static_cast<T>(hop.teleport), v, columns, next);
         z = next;

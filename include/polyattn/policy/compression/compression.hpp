@@ -212,6 +212,23 @@ struct KMeans {
     struct Bound {
         std::vector<index_t> cluster;  // of each key
         std::vector<index_t> sizes;
+        std::vector<double> centroids;  // [clusters][dim]
+
+        /// The cluster whose centroid is nearest to row i, the first of equal ones, and its squared distance.
+        template <class T>
+        std::pair<index_t, double> nearest(MatrixView<const T> x, index_t i) const {
+            std::pair<index_t, double> best{0, 0};
+            const double* centroid = centroids.data();
+            for (index_t j = 0; j < static_cast<index_t>(sizes.size()); ++j, centroid += x.cols) {
+                double distance = 0;
+                for (index_t c = 0; c < x.cols; ++c) {
+                    const double apart = double(x(i, c)) - centroid[c];
+                    distance += apart * apart;
+                }
+                if (j == 0 || distance < best.second) best = {j, distance};
+            }
+            return best;
+        }
 
         template <class T>
         void compress(MatrixView<const T> x, Compressed, MatrixView<T> y) const {
@@ -233,28 +250,15 @@ struct KMeans {
     Bound bind(MatrixView<const T> keys) const {
         const index_t count = landmarks(keys.rows);
         const auto dim = static_cast<std::size_t>(keys.cols);
-        std::vector<double> centroids(static_cast<std::size_t>(count) * dim);
+        Bound bound{std::vector<index_t>(static_cast<std::size_t>(keys.rows)), std::vector<index_t>(static_cast<std::size_t>(count)), std::vector<double>(static_cast<std::size_t>(count) * dim)};
         for (index_t j = 0; j < count; ++j)
             for (index_t c = 0; c < keys.cols; ++c)
-                centroids[static_cast<std::size_t>(j) * dim + static_cast<std::size_t>(c)] = double(keys(static_cast<index_t>(offset_t{keys.rows} * j / count), c));
-        Bound bound{std::vector<index_t>(static_cast<std::size_t>(keys.rows)), std::vector<index_t>(static_cast<std::size_t>(count))};
+                bound.centroids[static_cast<std::size_t>(j) * dim + static_cast<std::size_t>(c)] = double(keys(static_cast<index_t>(offset_t{keys.rows} * j / count), c));
         std::vector<double> distances(static_cast<std::size_t>(keys.rows));
         for (index_t iteration = 0; iteration <= iterations; ++iteration) {
             std::fill(bound.sizes.begin(), bound.sizes.end(), 0);
             for (index_t i = 0; i < keys.rows; ++i) {
-                index_t nearest = 0;
-                double shortest = 0;
-                for (index_t j = 0; j < count; ++j) {
-                    double distance = 0;
-                    for (index_t c = 0; c < keys.cols; ++c) {
-                        const double apart = double(keys(i, c)) - centroids[static_cast<std::size_t>(j) * dim + static_cast<std::size_t>(c)];
-                        distance += apart * apart;
-                    }
-                    if (j == 0 || distance < shortest) {
-                        nearest = j;
-                        shortest = distance;
-                    }
-                }
+                const auto [nearest, shortest] = bound.nearest(keys, i);
                 bound.cluster[static_cast<std::size_t>(i)] = nearest;
                 distances[static_cast<std::size_t>(i)] = shortest;
                 ++bound.sizes[static_cast<std::size_t>(nearest)];
@@ -271,10 +275,10 @@ struct KMeans {
                 distances[static_cast<std::size_t>(farthest)] = 0;
                 bound.sizes[static_cast<std::size_t>(j)] = 1;
             }
-            std::fill(centroids.begin(), centroids.end(), 0);
+            std::fill(bound.centroids.begin(), bound.centroids.end(), 0);
             for (index_t i = 0; i < keys.rows; ++i) {
                 const auto j = static_cast<std::size_t>(bound.cluster[static_cast<std::size_t>(i)]);
-                for (index_t c = 0; c < keys.cols; ++c) centroids[j * dim + static_cast<std::size_t>(c)] += double(keys(i, c)) / bound.sizes[j];
+                for (index_t c = 0; c < keys.cols; ++c) bound.centroids[j * dim + static_cast<std::size_t>(c)] += double(keys(i, c)) / bound.sizes[j];
             }
         }
         return bound;

@@ -11,7 +11,7 @@ struct compression_kind {};
 enum class Compressed { keys, values };
 
 /// A CompressionPolicy shortens the keys and values of a head along the tokens; queries then see these landmarks alone. Members:
-/// - index_t landmarks(index_t tokens) const: rows that so many tokens become; 0 for 0 tokens.
+/// - index_t landmarks(index_t tokens) const: rows that so many tokens become; 0 for 0 tokens, never fewer for more tokens.
 /// - template <class T> void compress(MatrixView<const T> x, Compressed what, MatrixView<T> y) const: y [landmarks(x.rows), x.cols] from the valid
 ///   rows x.
 /// - template <class T> void compress_adjoint(MatrixView<const T> x, Compressed what, MatrixView<const T> d_y, MatrixView<T> d_x, std::span<double> d_table)
@@ -36,7 +36,16 @@ struct NoCompression {
 
 static_assert(CompressionPolicy<NoCompression>);
 
+/// Means of L consecutive tokens; see compression.hpp.
+template <index_t... L>
+struct SegmentMeans;
+
 namespace detail {
+
+template <class P>
+inline constexpr std::size_t segment_lengths = 0;
+template <index_t... L>
+inline constexpr std::size_t segment_lengths<SegmentMeans<L...>> = sizeof...(L);
 
 template <class P, class T>
 decltype(auto) bind_compression(const P& policy, const MatrixView<const T>& keys) {

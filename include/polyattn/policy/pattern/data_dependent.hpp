@@ -1,7 +1,6 @@
 #pragma once
 // Patterns made from q and k, for each head: queries see the keys that fell into the same group. Gradients take the groups as fixed.
 
-#include <polyattn/core/tensor.hpp>
 #include <polyattn/policy/compression/compression.hpp>
 #include <polyattn/policy/pattern/dense.hpp>
 
@@ -9,28 +8,25 @@ POLYATTN_BEGIN_NAMESPACE
 
 namespace detail {
 
+inline std::vector<std::vector<index_t>> members_of(std::span<const index_t> groups, index_t count) {
+    std::vector<std::vector<index_t>> lists(static_cast<std::size_t>(count));
+    for (std::size_t i = 0; i < groups.size(); ++i) lists[static_cast<std::size_t>(groups[i])].push_back(static_cast<index_t>(i));
+    return lists;
+}
 /// Query i sees key j if their groups are equal; groups are numbers of [0, count). A tile a group.
 inline Plan same_group(std::span<const index_t> of_query, std::span<const index_t> of_key, index_t count, index_t queries, index_t keys) {
-    const auto members = [&](std::span<const index_t> groups) {
-        std::vector<std::vector<index_t>> lists(static_cast<std::size_t>(count));
-        for (std::size_t i = 0; i < groups.size(); ++i) lists[static_cast<std::size_t>(groups[i])].push_back(static_cast<index_t>(i));
-        return lists;
-    };
-    auto rows = members(of_query), columns = members(of_key);
+    auto rows = members_of(of_query, count), columns = members_of(of_key, count);
     PlanBuilder builder(queries, keys);
     for (std::size_t g = 0; g < rows.size(); ++g)
         if (!rows[g].empty() && !columns[g].empty()) builder.tile(IndexSequence::list(std::move(rows[g])), IndexSequence::list(std::move(columns[g])));
     return builder.build();
-}
-inline Plan causal_if(bool causal, Plan plan) {
-    return causal ? intersect(plan, Causal{}.plan(plan.queries(), plan.keys())) : plan;
 }
 
 }  // namespace detail
 
 /// Reformer: token i sees the tokens that fell into its bucket in any of the rounds; bucket of x = argmax of (x R, -x R) for a random R of
 /// buckets / 2 normal columns a round. Pairs in several rounds count once. Meant for q = k (the paper's shared projections); with others both are
-/// hashed alike. O(rounds n buckets d) to make. Source: Kitaev et al., "Reformer" (2020), equations 3 to 5 and section 2.
+/// hashed alike, and a query may see nothing. O(rounds (n buckets d + pairs)) to make. Source: Kitaev et al., "Reformer" (2020), equations 3 to 5 and section 2.
 struct LocalitySensitiveHashing {
     using policy_kind = sparsity_pattern_kind;
     index_t buckets = 8;
@@ -65,21 +61,41 @@ struct LocalitySensitiveHashing {
     }
     template <class T>
     Plan plan_for(MatrixView<const T> q, MatrixView<const T> k, index_t valid_queries, index_t valid_keys, const Draw&) const {
-        Plan all(q.rows, k.rows, {}, {});
-        for (index_t round = 0; round < rounds; ++round)
-            all = unite(all, detail::same_group(buckets_of(q, valid_queries, round), buckets_of(k, valid_keys, round), buckets, q.rows, k.rows));
-        return detail::causal_if(causal, all);
+        std::vector<std::vector<index_t>> of_query, of_key, members;
+        for (index_t round = 0; round < rounds; ++round) {
+            of_query.push_back(buckets_of(q, valid_queries, round));
+            of_key.push_back(buckets_of(k, valid_keys, round));
+        }
+        const Plan first = detail::same_group(of_query[0], of_key[0], buckets, q.rows, k.rows);
+        // What later rounds add are edges: few pairs share several of their buckets.
+        Edges more;
+        more.offsets.assign(1, 0);
+        for (index_t round = 1; round < rounds; ++round)
+            for (auto& bucket : detail::members_of(of_key[static_cast<std::size_t>(round)], buckets)) members.push_back(std::move(bucket));
+        for (index_t i = 0; i < q.rows; ++i) {
+            const auto start = static_cast<std::ptrdiff_t>(more.keys.size());
+            for (std::size_t round = 1; i < valid_queries && round < of_query.size(); ++round)
+                for (const index_t j : members[(round - 1) * static_cast<std::size_t>(buckets) + static_cast<std::size_t>(of_query[round][static_cast<std::size_t>(i)])]) {
+                    bool known = false;
+                    for (std::size_t before = 0; before < round && !known; ++before) known = of_query[before][static_cast<std::size_t>(i)] == of_key[before][static_cast<std::size_t>(j)];
+                    if (!known) more.keys.push_back(j);
+                }
+            std::sort(more.keys.begin() + start, more.keys.end());
+            more.offsets.push_back(more.count());
+        }
+        const Plan all(q.rows, k.rows, {first.tiles().begin(), first.tiles().end()}, std::move(more));
+        return causal ? intersect(all, Causal{}.plan(q.rows, k.rows)) : all;
     }
 };
 
 /// Routing transformer: queries see the keys of the cluster whose centroid is nearest to them. Centroids are those of the head's keys (KMeans), where
-/// the paper learns them by moving averages over batches. O(iterations n clusters d) to make. Source: Roy et al., "Efficient content-based
+/// the paper learns them by moving averages over batches; so there is no causal form: centroids know all keys. A query may see nothing.
+/// O(iterations n clusters d) to make. Source: Roy et al., "Efficient content-based
 /// sparse attention with routing transformers" (2021), section 4.1.
 struct RoutedClusters {
     using policy_kind = sparsity_pattern_kind;
     index_t clusters = 8;
     index_t iterations = 5;
-    bool causal = false;
 
     void validate() const { KMeans{clusters, iterations}.validate(); }
     template <class T>
@@ -88,33 +104,16 @@ struct RoutedClusters {
         const KMeans::Bound bound = KMeans{clusters, iterations}.bind(keys);
         const auto count = static_cast<index_t>(bound.sizes.size());
         if (count == 0) return Plan(q.rows, k.rows, {}, {});
-        Tensor<double> centroids({count, k.cols}), copy({valid_keys, k.cols});
-        for (index_t j = 0; j < valid_keys; ++j)
-            for (index_t c = 0; c < k.cols; ++c) copy.view().head(0, 0)(j, c) = double(k(j, c));
-        bound.compress(std::as_const(copy).view().head(0, 0), Compressed::keys, centroids.view().head(0, 0));
         std::vector<index_t> of_query(static_cast<std::size_t>(valid_queries));
-        for (index_t i = 0; i < valid_queries; ++i) {
-            double shortest = 0;
-            for (index_t j = 0; j < count; ++j) {
-                double distance = 0;
-                for (index_t c = 0; c < q.cols; ++c) {
-                    const double apart = double(q(i, c)) - centroids.view().head(0, 0)(j, c);
-                    distance += apart * apart;
-                }
-                if (j == 0 || distance < shortest) {
-                    shortest = distance;
-                    of_query[static_cast<std::size_t>(i)] = j;
-                }
-            }
-        }
-        return detail::causal_if(causal, detail::same_group(of_query, bound.cluster, count, q.rows, k.rows));
+        for (index_t i = 0; i < valid_queries; ++i) of_query[static_cast<std::size_t>(i)] = bound.nearest(q, i).first;
+        return detail::same_group(of_query, bound.cluster, count, q.rows, k.rows);
     }
 };
 
 /// Sparse Sinkhorn attention in its hard form: a query's block of tokens, and the block that a matching of blocks assigns to it. The matching
 /// starts from the products of the blocks' mean queries and keys, makes them doubly stochastic by normalising rows and columns in turn, and
 /// takes the largest entries one by one. The paper mixes blocks by a learned soft matrix in training. As many keys as queries.
-/// O((n / block)^2 (d + iterations)) to make. Source: Tay et al., "Sparse Sinkhorn attention" (2020), sections 3.1 and 3.2.
+/// O((n / block)^2 (d + iterations + log n)) to make, and (n / block)^2 numbers of memory. Source: Tay et al., "Sparse Sinkhorn attention" (2020), sections 3.1 and 3.2.
 struct SinkhornBlocks {
     using policy_kind = sparsity_pattern_kind;
     index_t block = 16;

@@ -39,11 +39,14 @@ namespace detail {
 /// y = x d^(-1/4).
 struct RandomDirections {
     index_t dim = 0, count = 0;
+    bool orthogonal = true;
+    std::uint64_t seed = 0;
     std::vector<double> w;  // [count][dim]
-    /// max |w|^2 / 4: no exponent exceeds |w|^2 / 2, and a fixed c is all that causality allows.
+    /// max |w|^2 / 4: no exponent exceeds |w|^2 / 2, and a fixed c is all that causality allows. Layers refuse dimensions for which
+    /// features of small keys would underflow then: float above some 250.
     double fixed_shift = 0;
 
-    RandomDirections(index_t d, index_t m, bool orthogonal, std::uint64_t seed) : dim(d), count(m), w(static_cast<std::size_t>(d) * static_cast<std::size_t>(m)) {
+    RandomDirections(index_t d, index_t m, bool in_blocks, std::uint64_t from) : dim(d), count(m), orthogonal(in_blocks), seed(from), w(static_cast<std::size_t>(d) * static_cast<std::size_t>(m)) {
         const auto normal = [](RandomRow& random) { return normal_deviate(random.next()) * 0x1p-24; };
         const auto row = [&](index_t r) { return w.data() + static_cast<std::size_t>(r) * static_cast<std::size_t>(d); };
         const auto dot = [&](const double* a, const double* b) {
@@ -93,7 +96,8 @@ struct PositiveRandomFeatures {
     /// The directions for a dimension; those of the last one are kept.
     std::shared_ptr<const detail::RandomDirections> bind(index_t dim) const {
         const std::lock_guard lock(cache->mutex);
-        if (!cache->directions || cache->directions->dim != dim) cache->directions = std::make_shared<const detail::RandomDirections>(dim, count(dim), orthogonal, seed);
+        const auto& known = cache->directions;
+        if (!known || known->dim != dim || known->count != count(dim) || known->orthogonal != orthogonal || known->seed != seed) cache->directions = std::make_shared<const detail::RandomDirections>(dim, count(dim), orthogonal, seed);
         return cache->directions;
     }
 

@@ -16,7 +16,8 @@ struct AddEpsilon {
 struct ExactOrZero {};
 /// A row with denominator 0 is the mean of the values it may see, so that every row with keys sums to 1.
 struct ExactOrMean {};
-/// AddEpsilon{}, with diffusion ExactOrMean.
+/// AddEpsilon{}; with diffusion ExactOrMean; with PositiveRandomFeatures, which are never 0 and whose size is arbitrary, ExactOrZero, with
+/// diffusion ExactOrMean.
 struct DefaultDenominator {};
 
 template <class D>
@@ -29,6 +30,8 @@ template <class Features = ReLU, class Divisor = DefaultDenominator>
 struct Kernel {
     static_assert(FeatureMap<Features>, "polyattn: Kernel<Features> needs ReLU, EluPlusOne, PositiveRandomFeatures or a map with double operator()(double) and double derivative(double)");
     static_assert(Denominator<Divisor>, "polyattn: Kernel<Features, Denominator> needs AddEpsilon, ExactOrZero or ExactOrMean");
+    static_assert(!std::same_as<Features, PositiveRandomFeatures> || !std::same_as<Divisor, AddEpsilon>,
+                  "polyattn: the size of PositiveRandomFeatures is arbitrary, so an epsilon beside them means nothing; use ExactOrZero or ExactOrMean");
     using policy_kind = score_kind;
     Features features = {};
     Divisor denominator = {};
@@ -54,7 +57,7 @@ ZeroRow zero_row(const Kernel<F, D>&, bool diffuses) {
     if constexpr (std::same_as<D, AddEpsilon>) return ZeroRow::epsilon;
     else if constexpr (std::same_as<D, ExactOrZero>) return ZeroRow::empty;
     else if constexpr (std::same_as<D, ExactOrMean>) return ZeroRow::mean;
-    else return diffuses ? ZeroRow::mean : ZeroRow::epsilon;
+    else return diffuses ? ZeroRow::mean : std::same_as<F, PositiveRandomFeatures> ? ZeroRow::empty : ZeroRow::epsilon;
 }
 template <class F, class D>
 double epsilon_of(const Kernel<F, D>& kernel, ZeroRow zero) {
