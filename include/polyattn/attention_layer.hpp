@@ -94,7 +94,7 @@ public:
     TensorView<const T> v() const { return inputs_.v(); }
     /// The plan of a batch item's head.
     const Plan& plan(index_t b = 0, index_t h = 0) const { return options_.item_plans.empty() ? *options_.plan : detail::plan_of(options_.item_plans, q(), b, h); }
-    /// [batch * heads * queries], natural log. Of kernel scores: 1 / denominator, -0 for a row that is a mean, -infinity for an empty one.
+    /// [batch * heads * queries], natural log. Of kernel scores: 1 / denominator, the lowest number for a row that is a mean, -infinity for an empty one.
     std::span<const T> logsumexp() const { return logsumexp_; }
 
 private:

@@ -10,6 +10,7 @@
 #include <polyattn/policy/score/kernel.hpp>
 
 #include <bit>
+#include <limits>
 
 POLYATTN_BEGIN_NAMESPACE
 
@@ -70,14 +71,15 @@ T empty_row() {
     if constexpr (sizeof(T) == 4) return std::bit_cast<float>(0xff800000u);
     else return std::bit_cast<double>(0xfff0000000000000u);
 }
-/// -0, the mark of a row of kernel attention that is a mean.
+/// The mark of a row of kernel attention that is a mean: finite, and no inverse of a denominator. Signs of zeros are lost under -ffast-math.
 template <class T>
-T mean_row() {
-    if constexpr (sizeof(T) == 4) return std::bit_cast<float>(0x80000000u);
-    else return std::bit_cast<double>(0x8000000000000000u);
+constexpr T mean_row() {
+    return std::numeric_limits<T>::lowest();
 }
-inline bool is_mean_row(float inverse) { return std::bit_cast<std::uint32_t>(inverse) == 0x80000000u; }
-inline bool is_mean_row(double inverse) { return std::bit_cast<std::uint64_t>(inverse) == 0x8000000000000000u; }
+template <class T>
+bool is_mean_row(T inverse) {
+    return inverse == mean_row<T>();
+}
 inline bool is_empty_row(float logsumexp) { return std::bit_cast<std::uint32_t>(logsumexp) == 0xff800000u; }
 inline bool is_empty_row(double logsumexp) { return std::bit_cast<std::uint64_t>(logsumexp) == 0xfff0000000000000u; }
 

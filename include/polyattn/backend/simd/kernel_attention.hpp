@@ -150,7 +150,7 @@ public:
         });
     }
 
-    /// 1 / denominator; -0 of a row that is a mean; -infinity of an empty one.
+    /// 1 / denominator; the lowest number of a row that is a mean; -infinity of an empty one.
     T logsumexp(index_t i) const { return inverse_[static_cast<std::size_t>(i)]; }
 
 protected:
