@@ -106,7 +106,9 @@ template <class T, class AnyAttention>
 class TwoTower {
 public:
     TwoTower(const AnyAttention& attention, index_t vocabulary, const nn::TransformerOptions& options, index_t tokens)
-        : tower(attention, vocabulary, features, options, tokens), head("pair", 3 * features, 2, .1, options.seed) {}
+        : tower(attention, vocabulary, features, options, tokens), head("pair", 3 * features, 2, .1, options.seed) {
+        tower.head.weight.draw(.5, options.seed);  // products of small features would hardly learn
+    }
 
     struct Saved {
         typename nn::Classifier<T, AnyAttention>::Saved tower;

@@ -61,6 +61,8 @@ int main() {
     Attention attention{Kernel<ReLU>{}, Alibi(1)};
 #elif defined(CASE_epsilon_with_diffusion)
     Attention<Kernel<EluPlusOne, AddEpsilon>, PPR<2>> attention;
+#elif defined(CASE_epsilon_with_random_features)
+    Attention<Kernel<PositiveRandomFeatures, AddEpsilon>> attention;
 #elif defined(CASE_two_compressions)
     Attention<SegmentMeans<2>, KMeans> attention;
 #elif defined(CASE_compression_without_landmarks)
