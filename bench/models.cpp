@@ -28,11 +28,11 @@ void step(benchmark::State& state, const AnyAttention& attention, index_t n, boo
         const nn::Pass pass{.workspace = &workspace, .draw = {.seed = 1}, .training = true};
         const double loss = nn::cross_entropy(model.forward(tokens, batch, saved, pass), std::span<const index_t>(labels));
         model.backward(saved, pass);
-        optimizer.step(model, 1e-2);
+        optimizer.step(model, 1e-3);
         return loss;
     };
     const double before = run();
-    for (int i = 0; i < 3; ++i) run();
+    for (int i = 0; i < 8; ++i) run();
     if (!(run() < before)) return state.SkipWithError("the loss does not fall");
     const Medians medians = time_calls(state, run, fma_burst<float>);
     const double megabytes = peak_megabytes() - held;
