@@ -1,4 +1,5 @@
 // Compressed keys and values: the papers' numbers, the definition by matrices, gradients of inputs and learned weights, properties, errors.
+#include "support/errors.hpp"
 #include "support/layers.hpp"
 #include "support/random.hpp"
 
@@ -397,14 +398,6 @@ TEST_CASE("a compression of one's own") {
 }
 
 TEST_CASE("errors name the argument") {
-    const auto argument = [](auto&& call) {
-        try {
-            call();
-        } catch (const invalid_input& error) {
-            return error.argument();
-        }
-        return std::string("nothing thrown");
-    };
     const Tensor<float> x({1, 1, 6, 4}), y({1, 1, 5, 4});
     CHECK(argument([] { Attention{StridedConvolution{.stride = 0}}; }) == "stride");
     CHECK(argument([] { Attention{StridedConvolution{.stride = 2, .width = 3}}; }) == "table");

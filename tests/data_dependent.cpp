@@ -1,4 +1,5 @@
 // Patterns made from q and k: hashing, clusters, Sinkhorn matching; and the Synthesizer, which looks at neither.
+#include "support/errors.hpp"
 #include "support/layers.hpp"
 #include "support/random.hpp"
 
@@ -185,14 +186,6 @@ TEST_CASE("random Synthesizer: softmax(R) V, with R as a learned table and q = 0
 }
 
 TEST_CASE("errors name the argument") {
-    const auto argument = [](auto&& call) {
-        try {
-            call();
-        } catch (const invalid_input& error) {
-            return error.argument();
-        }
-        return std::string("nothing thrown");
-    };
     CHECK(argument([] { Attention{LocalitySensitiveHashing{.buckets = 3}}; }) == "buckets");
     CHECK(argument([] { Attention{LocalitySensitiveHashing{.rounds = 0}}; }) == "rounds");
     CHECK(argument([] { Attention{RoutedClusters{.clusters = 0}}; }) == "clusters");

@@ -1,4 +1,5 @@
 // Kernel (linear) attention: the numbers of the papers' examples, simd against reference within derived bounds, gradients, properties.
+#include "support/errors.hpp"
 #include "support/layers.hpp"
 #include "support/random.hpp"
 
@@ -568,14 +569,6 @@ TEST_CASE("random features: rows sum to 1 with the defaults, causal or not; many
 TEST_CASE("errors name the argument") {
     const Tensor<float> x({1, 1, 4, 4});
     const Attention<Kernel<ReLU>> layer;
-    const auto argument = [](auto&& call) {
-        try {
-            call();
-        } catch (const invalid_input& error) {
-            return error.argument();
-        }
-        return std::string("nothing thrown");
-    };
     CHECK(argument([&] { layer(x.view(), x.view(), x.view(), {.dropout = {.weights = .1}}); }) == "dropout.weights");
     CHECK(argument([&] { layer(x.view(), x.view(), x.view(), {.plan = Causal{}.plan(4, 4)}); }) == "plan");
     CHECK(argument([&] { layer(x.view(), x.view(), x.view(), {.item_plans = {Dense{}.plan(4, 4)}}); }) == "item_plans");

@@ -1,4 +1,5 @@
 // AdaMRA's layer: the paper's numbers, gradients of every parameter, and what must not matter.
+#include "support/errors.hpp"
 #include "support/random.hpp"
 
 #include <polyattn/nn/classifier.hpp>
@@ -352,14 +353,6 @@ TEST_CASE("a model learns with it, the same bits for any number of threads") {
 }
 
 TEST_CASE("errors name the argument") {
-    const auto argument = [](auto&& call) {
-        try {
-            call();
-        } catch (const invalid_input& error) {
-            return error.argument();
-        }
-        return std::string("nothing thrown");
-    };
     using Layer = nn::AdaptiveMultiResolution<float, MultiResolution<>>;
     CHECK(argument([] { Layer("layer", {}, 6, 4, 4, .02, 1, 1); }) == "heads");
     CHECK(argument([] { Layer("layer", {}, 8, 4, 2, .02, 1, 1); }) == "key_heads");

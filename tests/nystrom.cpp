@@ -1,4 +1,5 @@
 // Nystrom attention: the iteration's numbers, the definition by matrices, gradients, padding.
+#include "support/errors.hpp"
 #include "support/random.hpp"
 
 #include <polyattn/models.hpp>
@@ -172,14 +173,6 @@ TEST_CASE("in a model; the other papers' layers are one line") {
 }
 
 TEST_CASE("errors name the argument") {
-    const auto argument = [](auto&& call) {
-        try {
-            call();
-        } catch (const invalid_input& error) {
-            return error.argument();
-        }
-        return std::string("nothing thrown");
-    };
     const Tensor<float> x({1, 1, 6, 4}), y({1, 1, 5, 4});
     CHECK(argument([] { NystromAttention({.landmarks = 0}); }) == "landmarks");
     CHECK(argument([] { NystromAttention({.width = 2, .table = {1, 1}}); }) == "width");
