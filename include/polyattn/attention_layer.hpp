@@ -6,46 +6,9 @@
 #include <polyattn/backend/simd/decode.hpp>
 #include <polyattn/backend/simd/recurrent_step.hpp>
 #include <polyattn/interface/adapt.hpp>
-#include <polyattn/policy/set.hpp>
-
-#include <optional>
+#include <polyattn/layer_policies.hpp>
 
 POLYATTN_BEGIN_NAMESPACE
-
-/// What one call may set; nothing of it changes the layer.
-struct CallOptions {
-    /// Valid keys of each batch item; the keys behind are padding and have weight 0. Empty: all.
-    std::vector<index_t> key_lengths = {};
-    /// Valid queries of each batch item; the outputs behind are 0. Empty: as key_lengths if there are as many queries as keys
-    /// (self-attention), else all.
-    std::vector<index_t> query_lengths = {};
-    /// What samplers and dropout draw from.
-    Draw draw = {};
-    /// Training only.
-    Dropout dropout = {};
-    /// Used instead of the pattern's and sampler's own.
-    std::optional<Plan> plan = {};
-    /// The same with a plan for each batch item, where items differ: graphs, draws of their own; or for each (batch, head), heads of an
-    /// item one after the other.
-    std::vector<Plan> item_plans = {};
-    /// Scratch memory to reuse; one call at a time.
-    Workspace* workspace = nullptr;
-    /// Bytes that the stored weights of a head's tiles may take under diffusion and in backward; beyond, they are computed again. Weights
-    /// of edges are always stored: one number an edge.
-    std::size_t weight_budget = std::size_t{256} << 20;
-    /// into() adds to what the output holds: a residual connection.
-    bool accumulate = false;
-};
-
-namespace detail {
-
-/// One of a plan for each batch item, or for each (batch, head).
-template <class T>
-const Plan& plan_of(std::span<const Plan> plans, const TensorView<T>& q, index_t b, index_t h) {
-    return plans[static_cast<std::size_t>(plans.size() == static_cast<std::size_t>(q.batch()) ? b : b * q.heads() + h)];
-}
-
-}  // namespace detail
 
 namespace detail {
 
@@ -146,84 +109,27 @@ struct OutputAndLogsumexp {
     LogsumexpType logsumexp;
 };
 
-namespace detail {
-
-inline void check_recursion(const Recursion& recursion) {
-    const auto check = [](double factor) { require(is_finite(factor), "recursion", "finite factors", "one that is not"); };
-    check(recursion.start);
-    for (const Hop& hop : recursion.hops) {
-        check(hop.walk);
-        check(hop.teleport);
-    }
-}
-inline void check_lengths(const std::vector<index_t>& lengths, index_t batch, index_t tokens, const char* argument) {
-    if (lengths.empty()) return;
-    require(lengths.size() == static_cast<std::size_t>(batch), argument, [&] { return text("one length for each of ", batch, " batch items"); }, lengths.size());
-    for (const index_t length : lengths) require(length >= 0 && length <= tokens, argument, [&] { return text("lengths from 0 to ", tokens); }, length);
-}
-
-}  // namespace detail
-
-/// The layer behind Attention<...>, with the policies sorted by kind.
-template <class... Kinds>
-class AttentionLayer;
-
+/// The layer of the CPU backends.
 template <class Pattern, class Sampler, class Diffusion, class Score, class Bias, class Backend>
-class AttentionLayer<Pattern, Sampler, Diffusion, Score, Bias, Backend> {
+    requires(!std::same_as<Backend, Cuda>)
+class AttentionLayer<Pattern, Sampler, Diffusion, Score, Bias, Backend> : public detail::LayerPolicies<Pattern, Sampler, Diffusion, Score, Bias> {
     template <class...>
     friend class CompressedLayer;
+    using Base = detail::LayerPolicies<Pattern, Sampler, Diffusion, Score, Bias>;
+    using typename Base::Plans;
+    using Base::bias_, Base::bind, Base::check, Base::check_shapes, Base::feature_count, Base::kernel, Base::pattern_, Base::recursion_, Base::require_shape, Base::score_, Base::valid_of;
 
 public:
     template <class T>
     using SavedOf = Saved<T>;
+    using Base::Base;
 
-    template <class... Policies>
-    explicit AttentionLayer(std::tuple<Policies...> policies)
-        : pattern_(take<Pattern>(policies)), sampler_(take<Sampler>(policies)), diffusion_(take<Diffusion>(policies)), score_(take<Score>(policies)),
-          bias_(take<Bias>(policies)), cache_(std::make_shared<PlanCache>()) {
-        detail::validate(pattern_);
-        detail::validate(sampler_);
-        detail::validate(diffusion_);
-        detail::validate(score_);
-        detail::validate(bias_);
-        recursion_ = diffusion_.recursion();
-        detail::check_recursion(recursion_);
-    }
-
-    const Pattern& pattern() const { return pattern_; }
-    const Sampler& sampler() const { return sampler_; }
-    const Diffusion& diffusion() const { return diffusion_; }
-    const Bias& bias() const { return bias_; }
-    const Recursion& recursion() const { return recursion_; }
     /// This layer with another bias of the same type: a table that training changed. Shares the plans. Throws invalid_input.
     AttentionLayer with_bias(Bias bias) const {
         detail::validate(bias);
         AttentionLayer other = *this;
         other.bias_ = std::move(bias);
         return other;
-    }
-
-    /// Which keys each query sees. The last 8 for other (queries, keys, draw of the sampler) are kept; copies of a layer share them.
-    /// Throws invalid_input if the pattern does not exist for these numbers.
-    Plan plan(index_t queries, index_t keys, const Draw& draw = {}) const {
-        static_assert(!data_dependent, "polyattn: this pattern depends on q and k; the plans of a call are in forward().saved.plan(batch, head)");
-        const typename PlanCache::Key key{queries, keys, samples ? draw : Draw{}};
-        const std::lock_guard lock(cache_->mutex);
-        for (const auto& [known, plan] : cache_->plans)
-            if (known == key) return plan;
-        Plan made = make_plan(queries, keys, draw);
-        if (cache_->plans.size() == PlanCache::capacity) cache_->plans.erase(cache_->plans.begin());
-        cache_->plans.emplace_back(key, made);
-        return made;
-    }
-
-    /// The plans of a call with a batch: one for all items, or one for each where the sampler draws per item or the options name them.
-    /// Throws invalid_input.
-    std::vector<Plan> plans(index_t batch, index_t queries, index_t keys, const CallOptions& options) const {
-        detail::check_lengths(options.key_lengths, batch, keys, "key_lengths");
-        const Plans found = plans_for(options, batch, 1, queries, keys);
-        if (found.shared) return {*found.shared};
-        return {found.items.begin(), found.items.end()};
     }
 
     /// out = polynomial in A of V.
@@ -406,16 +312,13 @@ public:
     CallOptions planned(const Q& q, const K& k, const V& v, CallOptions options) const {
         using T = common_element<Q, K, V>;
         const detail::Adapted<T> aq(q, "q"), ak(k, "k"), av(v, "v");
-        Plans plans = check<T>(aq.view(), ak.view(), av.view(), options);
+        Plans plans = this->template check<T>(aq.view(), ak.view(), av.view(), options);
         if (!plans.drawn.empty()) options.item_plans = std::move(plans.drawn);
         else if (options.item_plans.empty()) options.plan = std::move(plans.shared);
         return options;
     }
 
 private:
-    static constexpr bool samples = !std::is_same_v<Sampler, AllSources>;
-    static constexpr bool kernel = detail::is_kernel<Score>;
-    static constexpr bool data_dependent = DataDependentPattern<Pattern>;
     static constexpr bool is_reference = std::is_same_v<Backend, Reference>;
     template <class B>
     struct arch_of {
@@ -427,23 +330,6 @@ private:
     };
     using Arch = typename arch_of<Backend>::type;
 
-    struct PlanCache {
-        static constexpr std::size_t capacity = 8;
-        struct Key {
-            index_t queries, keys;
-            Draw draw;
-            friend bool operator==(const Key&, const Key&) = default;
-        };
-        std::mutex mutex;
-        std::vector<std::pair<Key, Plan>> plans;
-    };
-
-    template <class P, class... Policies>
-    static P take(std::tuple<Policies...>& policies) {
-        if constexpr ((std::is_same_v<P, Policies> || ...)) return std::move(std::get<P>(policies));
-        else return P{};
-    }
-
     template <class Q, class K, class V>
     struct same_elements {
         using T = detail::element_t<Q>;
@@ -453,119 +339,6 @@ private:
     template <class Q, class K, class V>
     using common_element = typename same_elements<Q, K, V>::T;
 
-    /// A V alone has any number of queries; everything else feeds outputs back as values.
-    bool needs_square() const { return recursion_.hops.size() != 1 || recursion_.hops[0].teleport != 0; }
-
-    template <class T>
-    static void require_shape(const TensorView<T>& view, const std::array<index_t, 4>& extents, int rank, const char* argument) {
-        const TensorView<T> wanted{nullptr, extents, {}, rank};
-        if (view.extents != extents || view.rank != rank) throw invalid_input(argument, detail::shape_text(wanted), detail::shape_text(view));
-    }
-
-    template <class T>
-    void check_shapes(const TensorView<const T>& q, const TensorView<const T>& k, const TensorView<const T>& v) const {
-        detail::require(q.dim() >= 1, "q", "a head dimension >= 1", q.dim());
-        detail::require(k.heads() == q.heads() || (k.heads() > 0 && q.heads() % k.heads() == 0), "k",
-                        [&] { return detail::text("a number of heads that divides q's ", q.heads()); }, k.heads());
-        require_shape(k, {q.extents[0], k.extents[1], k.extents[2], q.extents[3]}, q.rank, "k");
-        require_shape(v, {q.extents[0], k.extents[1], k.extents[2], v.extents[3]}, q.rank, "v");
-        if (needs_square() && q.tokens() != k.tokens())
-            throw invalid_input("k", detail::text("as many keys as queries for diffusion, ", q.tokens()), std::to_string(k.tokens()));
-        if constexpr (requires { bias_.check_heads(q.heads()); }) bias_.check_heads(q.heads());
-    }
-
-    Plan make_plan(index_t queries, index_t keys, const Draw& draw) const {
-        if constexpr (!samples) return pattern_.plan(queries, keys);
-        else return thinned(sampler_.sample(queries, keys, draw, detail::is_causal<Pattern>()));
-    }
-    Plan thinned(Plan sampled) const {
-        if constexpr (std::is_same_v<Pattern, Dense>) return sampled;
-        else return intersect(pattern_.plan(sampled.queries(), sampled.keys()), sampled);
-    }
-
-    /// The plans of a call: `shared` by all batch items, or those of `items`, which are the caller's or drawn for this call.
-    struct Plans {
-        std::optional<Plan> shared;
-        std::span<const Plan> items;
-        std::vector<Plan> drawn;
-        template <class T>
-        const Plan& of(const TensorView<T>& q, index_t b, index_t h) const { return items.empty() ? *shared : detail::plan_of(items, q, b, h); }
-    };
-    Plans plans_for(const CallOptions& options, index_t batch, index_t heads, index_t queries, index_t keys) const {
-        const auto check = [&](const Plan& plan, const char* argument) {
-            if (plan.queries() != queries || plan.keys() != keys)
-                throw invalid_input(argument, detail::text(queries, " queries x ", keys, " keys"), detail::text(plan.queries(), " x ", plan.keys()));
-        };
-        Plans plans;
-        if (!options.item_plans.empty()) {
-            detail::require(!options.plan, "item_plans", "none beside plan", options.item_plans.size());
-            const std::size_t given = options.item_plans.size();
-            detail::require(given == static_cast<std::size_t>(batch) || given == static_cast<std::size_t>(offset_t{batch} * heads), "item_plans",
-                            [&] { return detail::text("one for each of ", batch, " batch items, or of their ", heads, " heads"); }, given);
-            for (const Plan& plan : options.item_plans) check(plan, "item_plans");
-            plans.items = options.item_plans;
-        } else if (options.plan) {
-            check(*options.plan, "plan");
-            plans.shared = *options.plan;
-        } else if (draws_per_item()) {
-            if constexpr (PerItemSampler<Sampler>)
-                for (index_t b = 0; b < batch; ++b)
-                    plans.drawn.push_back(thinned(sampler_.sample_item(queries, keys, b, options.key_lengths.empty() ? keys : options.key_lengths[static_cast<std::size_t>(b)],
-                                                                       options.draw, detail::is_causal<Pattern>())));
-            plans.items = plans.drawn;
-        } else if constexpr (!data_dependent) plans.shared = plan(queries, keys, options.draw);
-        return plans;
-    }
-    bool draws_per_item() const {
-        if constexpr (PerItemSampler<Sampler>) return sampler_.draws_per_item();
-        else return false;
-    }
-
-    template <class T>
-    Plans check(const TensorView<const T>& q, const TensorView<const T>& k, const TensorView<const T>& v, const CallOptions& options) const {
-        check_shapes(q, k, v);
-        detail::check_lengths(options.key_lengths, q.batch(), k.tokens(), "key_lengths");
-        detail::check_lengths(options.query_lengths, q.batch(), q.tokens(), "query_lengths");
-        options.dropout.validate();
-        if constexpr (kernel) {
-            detail::require(options.dropout.weights == 0, "dropout.weights", "0 with kernel scores, whose weights are never formed", options.dropout.weights);
-            if (options.plan && options.plan->queries() == q.tokens() && options.plan->keys() == k.tokens())
-                detail::require(options.plan->count() == plan(q.tokens(), k.tokens()).count(), "plan", "none with kernel scores, or the pattern's own", "one of other pairs");
-            detail::require(options.item_plans.empty(), "item_plans", "none with kernel scores", options.item_plans.size());
-        }
-        Plans plans = plans_for(options, q.batch(), q.heads(), q.tokens(), k.tokens());
-        if constexpr (data_dependent)
-            if (!plans.shared && plans.items.empty()) {
-                plans.drawn.resize(static_cast<std::size_t>(offset_t{q.batch()} * q.heads()));
-                parallel_for(static_cast<offset_t>(plans.drawn.size()), [&](offset_t item, int) {
-                    const auto b = static_cast<index_t>(item / q.heads()), h = static_cast<index_t>(item % q.heads());
-                    const Valid valid = valid_of(options, b, q.tokens(), k.tokens());
-                    plans.drawn[static_cast<std::size_t>(item)] = pattern_.plan_for(q.head(b, h), k.head(b, h / (q.heads() / k.heads())), valid.queries, valid.keys, options.draw);
-                });
-                plans.items = plans.drawn;
-            }
-        return plans;
-    }
-
-    struct Valid {
-        index_t queries, keys;
-    };
-    static Valid valid_of(const CallOptions& options, index_t b, index_t queries, index_t keys) {
-        const auto item = static_cast<std::size_t>(b);
-        const index_t valid = options.key_lengths.empty() ? keys : options.key_lengths[item];
-        return {!options.query_lengths.empty() ? options.query_lengths[item] : queries == keys ? valid : queries, valid};
-    }
-    /// What a score needs beside a head's q, k and v: the bound bias, or the bound feature map.
-    template <class T>
-    decltype(auto) bind(const TensorView<const T>& q, const TensorView<const T>& k) const {
-        if constexpr (kernel) {
-            auto bound = detail::bind_features(score_.features, q.dim());
-            if constexpr (detail::has_directions<decltype(bound)> && detail::is_causal<Pattern>())
-                detail::require(bound->fixed_shift < (sizeof(T) == 4 ? 80 : 700), "q", "a head dimension whose random features don't underflow in a causal layer (float: up to some 250)", q.dim());
-            return bound;
-        }
-        else return detail::bind_bias(bias_, q.tokens(), k.tokens());
-    }
     template <class T, class Bound>
     auto make_head(const TensorView<const T>& q, const TensorView<const T>& k, const TensorView<const T>& v, const Plan& plan, const Bound& bound, const CallOptions& options,
                    index_t b, index_t h, index_t kh) const {
@@ -587,11 +360,6 @@ private:
             return detail::simd::KernelAttention<T, Arch, Bound>::state_size(feature_count(dim), value_dim, recursion_.hops.size(), detail::is_causal<Pattern>());
         } else return 0;
     }
-    index_t feature_count(index_t dim) const {
-        if constexpr (requires { score_.features.count(dim); }) return score_.features.count(dim);
-        else return dim;
-    }
-
     /// f(item, workers): items side by side, or, when there are fewer than threads, one after the other with all threads inside.
     template <class F>
     static void for_each_item(offset_t items, Workspace& workspace, bool reused, F&& f) {
@@ -613,7 +381,7 @@ private:
     template <class T>
     void run(const TensorView<const T>& q, const TensorView<const T>& k, const TensorView<const T>& v, const TensorView<T>& out, const CallOptions& options, T* logsumexp,
              T* hops, bool accumulate, T* states = nullptr) const {
-        const Plans plans = check<T>(q, k, v, options);
+        const Plans plans = this->template check<T>(q, k, v, options);
         require_shape(out, {q.extents[0], q.extents[1], q.extents[2], v.extents[3]}, q.rank, "out");
         const auto& bound = bind(q, k);
         Workspace own;
@@ -648,14 +416,6 @@ private:
             else detail::simd::forward<Arch>(head, result, workers);
         });
     }
-
-    Pattern pattern_;
-    Sampler sampler_;
-    Diffusion diffusion_;
-    Score score_;
-    Bias bias_;
-    Recursion recursion_;
-    std::shared_ptr<PlanCache> cache_;
 };
 
 POLYATTN_END_NAMESPACE

@@ -20,9 +20,6 @@ class CompressedSaved : detail::MoveOnly {
     std::vector<Saved<T>> inner_;
 };
 
-template <class... Kinds>
-class CompressedLayer;
-
 /// `Inner` is the layer of one hop on the landmarks.
 template <class Compression, class Diffusion, class Inner>
 class CompressedLayer<Compression, Diffusion, Inner> {

@@ -25,24 +25,46 @@ public:
     DropoutMask() = default;
     DropoutMask(const Dropout& dropout, const Draw& draw, offset_t item)
         : weights_(threshold(dropout.weights)), values_(threshold(dropout.values)), keep_weight_(1 / (1 - dropout.weights)),
-          keep_value_(1 / (1 - dropout.values)), key_(draw.key()), hash_(draw.hash()), item_(static_cast<std::uint32_t>(item)) {}
+          keep_value_(1 / (1 - dropout.values)), key0_(draw.key()[0]), key1_(draw.key()[1]), hash_(draw.hash()), item_(static_cast<std::uint32_t>(item)) {}
 
-    bool drops_weights() const { return weights_ > 0; }
-    bool drops_values() const { return values_ > 0; }
+    POLYATTN_HOST_DEVICE bool drops_weights() const { return weights_ > 0; }
+    POLYATTN_HOST_DEVICE bool drops_values() const { return values_ > 0; }
 
-    double weight(index_t query, index_t key) const { return weights_of_four(query / 4, key)[static_cast<std::size_t>(query % 4)]; }
+    POLYATTN_HOST_DEVICE double weight(index_t query, index_t key) const {
+        std::uint32_t words[4] = {static_cast<std::uint32_t>(key), static_cast<std::uint32_t>(query / 4), random_stream::weight_dropout | item_, hash_};
+        detail::philox_rounds(words, key0_, key1_);
+        return word(words, query) < weights_ ? 0 : keep_weight_;
+    }
+    /// Columns `column`, `column + 1`, .. of a row of Z after hop `hop`, within one block of four.
+    template <class T, std::size_t count>
+    POLYATTN_HOST_DEVICE void values(int hop, index_t row, index_t column, T (&mask)[count]) const {
+        std::uint32_t words[4] = {static_cast<std::uint32_t>(column / 4) | static_cast<std::uint32_t>(hop) << 20, static_cast<std::uint32_t>(row), random_stream::value_dropout | item_, hash_};
+        detail::philox_rounds(words, key0_, key1_);
+        for (std::size_t i = 0; i < count; ++i) mask[i] = word(words, column + static_cast<index_t>(i)) < values_ ? T(0) : static_cast<T>(keep_value_);
+    }
+    /// The masks of another (batch, head) of the same call.
+    POLYATTN_HOST_DEVICE DropoutMask of_item(offset_t item) const {
+        DropoutMask mask = *this;
+        mask.item_ = static_cast<std::uint32_t>(item);
+        return mask;
+    }
     /// Queries 4 * quad .. 4 * quad + 3 share one Philox block.
     std::array<double, 4> weights_of_four(index_t quad, index_t key) const {
-        return mask(philox({static_cast<std::uint32_t>(key), static_cast<std::uint32_t>(quad), random_stream::weight_dropout | item_, hash_}, key_),
+        return mask(philox({static_cast<std::uint32_t>(key), static_cast<std::uint32_t>(quad), random_stream::weight_dropout | item_, hash_}, {key0_, key1_}),
                     weights_, keep_weight_);
     }
     /// Columns 4 * quad .. 4 * quad + 3 of a row of Z after hop `hop`.
     std::array<double, 4> values_of_four(int hop, index_t row, index_t quad) const {
         const auto element = static_cast<std::uint32_t>(quad) | static_cast<std::uint32_t>(hop) << 20;
-        return mask(philox({element, static_cast<std::uint32_t>(row), random_stream::value_dropout | item_, hash_}, key_), values_, keep_value_);
+        return mask(philox({element, static_cast<std::uint32_t>(row), random_stream::value_dropout | item_, hash_}, {key0_, key1_}), values_, keep_value_);
     }
 
 private:
+    /// words[i % 4] by selection: indexed, the words would leave a GPU's registers.
+    POLYATTN_HOST_DEVICE static constexpr std::uint32_t word(const std::uint32_t (&words)[4], index_t i) {
+        const std::uint32_t low = i % 2 ? words[1] : words[0], high = i % 2 ? words[3] : words[2];
+        return i % 4 < 2 ? low : high;
+    }
     static std::uint64_t threshold(double p) { return static_cast<std::uint64_t>(p * 4294967296.); }
     static std::array<double, 4> mask(const std::array<std::uint32_t, 4>& words, std::uint64_t drop_below, double keep) {
         std::array<double, 4> factors{};
@@ -52,8 +74,7 @@ private:
 
     std::uint64_t weights_ = 0, values_ = 0;
     double keep_weight_ = 1, keep_value_ = 1;
-    std::array<std::uint32_t, 2> key_{};
-    std::uint32_t hash_ = 0, item_ = 0;
+    std::uint32_t key0_ = 0, key1_ = 0, hash_ = 0, item_ = 0;
 };
 
 }  // namespace detail

@@ -4,7 +4,6 @@
 #include <polyattn/core/config.hpp>
 
 #include <array>
-#include <bit>
 
 POLYATTN_BEGIN_NAMESPACE
 
@@ -59,23 +58,29 @@ inline constexpr std::array<std::int32_t, 257> normal_slopes = {
 
 }  // namespace detail
 
-/// The standard normal quantile of p = (word + 1/2) / 2^32 in units of 2^-24: a normal deviate where `word` is a random number.
-/// Cubic interpolation, error below 2e-6; |deviate| < 6.4. Symmetric: the complement of a word gives the negative.
-POLYATTN_HOST_DEVICE constexpr std::int32_t normal_deviate(std::uint32_t word) {
+namespace detail {
+
+/// normal_deviate() with the tables handed in: each backend keeps its own copy.
+POLYATTN_HOST_DEVICE constexpr std::int32_t normal_deviate_from(std::uint32_t word, const std::int32_t* quantiles, const std::int32_t* slopes) {
     const bool upper = word >> 31;
-    const std::uint32_t x = (upper ? ~word : word) * 2 + 1;  // 2^33 times the smaller of p and 1 - p
-    const int zeros = std::countl_zero(x);
+    const std::uint32_t x = (upper ? ~word : word) * 2 + 1;  // 2^33 times the smaller of p and 1 - p; odd
+    int zeros = 0;
+    while ((x << zeros) >> 31 == 0) ++zeros;
     const std::uint32_t scaled = x << zeros;
-    const int eighth = static_cast<int>(scaled >> 28) - 8;
-    const auto at = static_cast<std::size_t>(8 * (31 - zeros) + eighth);
+    const int eighth = static_cast<int>(scaled >> 28) - 8, at = 8 * (31 - zeros) + eighth;
     const std::int64_t t = scaled & 0x0fffffff;  // between two nodes, units of 2^-28
     // A step of the octave to the right is twice as long.
-    const std::int64_t z = detail::normal_quantiles[at], rise = detail::normal_quantiles[at + 1] - z, left = detail::normal_slopes[at],
-                       right = detail::normal_slopes[at + 1] >> (eighth == 7 ? 1 : 0);
+    const std::int64_t z = quantiles[at], rise = quantiles[at + 1] - z, left = slopes[at], right = slopes[at + 1] >> (eighth == 7 ? 1 : 0);
     const auto times_t = [t](std::int64_t a) { return (a * t) >> 28; };
     const std::int64_t below = z + times_t(left + times_t(3 * rise - 2 * left - right + times_t(left + right - 2 * rise)));
     const auto rounded = static_cast<std::int32_t>((below + 8) >> 4);
     return upper ? -rounded : rounded;
 }
+
+}  // namespace detail
+
+/// The standard normal quantile of p = (word + 1/2) / 2^32 in units of 2^-24: a normal deviate where `word` is a random number.
+/// Cubic interpolation, error below 2e-6; |deviate| < 6.4. Symmetric: the complement of a word gives the negative.
+constexpr std::int32_t normal_deviate(std::uint32_t word) { return detail::normal_deviate_from(word, detail::normal_quantiles.data(), detail::normal_slopes.data()); }
 
 POLYATTN_END_NAMESPACE

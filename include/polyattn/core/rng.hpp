@@ -10,19 +10,30 @@
 
 POLYATTN_BEGIN_NAMESPACE
 
-/// Philox 4x32-10, a counter-based generator: a pure function of (counter, key), so every backend and every number of
-/// threads draws the same numbers. Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC 2011), table 2.
-POLYATTN_HOST_DEVICE constexpr std::array<std::uint32_t, 4> philox(std::array<std::uint32_t, 4> counter,
-                                                                  std::array<std::uint32_t, 2> key) {
+namespace detail {
+
+/// Ten rounds on plain words: what device code calls, where std::array has no operators.
+POLYATTN_HOST_DEVICE constexpr void philox_rounds(std::uint32_t (&counter)[4], std::uint32_t key0, std::uint32_t key1) {
     for (int round = 0; round < 10; ++round) {
         const std::uint64_t a = std::uint64_t{0xD2511F53u} * counter[0];
         const std::uint64_t b = std::uint64_t{0xCD9E8D57u} * counter[2];
-        counter = {static_cast<std::uint32_t>(b >> 32) ^ counter[1] ^ key[0], static_cast<std::uint32_t>(b),
-                   static_cast<std::uint32_t>(a >> 32) ^ counter[3] ^ key[1], static_cast<std::uint32_t>(a)};
-        key[0] += 0x9E3779B9u;
-        key[1] += 0xBB67AE85u;
+        counter[0] = static_cast<std::uint32_t>(b >> 32) ^ counter[1] ^ key0;
+        counter[1] = static_cast<std::uint32_t>(b);
+        counter[2] = static_cast<std::uint32_t>(a >> 32) ^ counter[3] ^ key1;
+        counter[3] = static_cast<std::uint32_t>(a);
+        key0 += 0x9E3779B9u;
+        key1 += 0xBB67AE85u;
     }
-    return counter;
+}
+
+}  // namespace detail
+
+/// Philox 4x32-10, a counter-based generator: a pure function of (counter, key), so every backend and every number of
+/// threads draws the same numbers. Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC 2011), table 2.
+constexpr std::array<std::uint32_t, 4> philox(std::array<std::uint32_t, 4> counter, std::array<std::uint32_t, 2> key) {
+    std::uint32_t words[4] = {counter[0], counter[1], counter[2], counter[3]};
+    detail::philox_rounds(words, key[0], key[1]);
+    return {words[0], words[1], words[2], words[3]};
 }
 
 /// What a random choice may depend on besides its own seed: one training step, layer, ensemble sample and worker.

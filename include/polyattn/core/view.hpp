@@ -23,7 +23,9 @@ struct MatrixView {
 
     T* row(index_t i) const { return data + i * row_stride; }
     T& operator()(index_t i, index_t j) const { return data[i * row_stride + j * col_stride]; }
-    operator MatrixView<const T>() const requires(!std::is_const_v<T>) { return {data, rows, cols, row_stride, col_stride}; }
+    template <class Const>
+        requires(std::is_same_v<Const, const T> && !std::is_const_v<T>)
+    operator MatrixView<Const>() const { return {data, rows, cols, row_stride, col_stride}; }
 };
 
 /// [batch, heads, tokens, dim] by pointer and strides (in elements). Tensors of rank 2 [tokens, dim] and 3
@@ -44,7 +46,9 @@ struct TensorView {
     MatrixView<T> head(index_t b, index_t h) const {
         return {data + b * strides[0] + h * strides[1], extents[2], extents[3], strides[2], strides[3]};
     }
-    operator TensorView<const T>() const requires(!std::is_const_v<T>) { return {data, extents, strides, rank}; }
+    template <class Const>
+        requires(std::is_same_v<Const, const T> && !std::is_const_v<T>)
+    operator TensorView<Const>() const { return {data, extents, strides, rank}; }
 };
 
 namespace detail {

@@ -15,4 +15,9 @@ struct Simd {
     using policy_kind = backend_kind;
 };
 
+/// Kernels for NVIDIA GPUs, on tensors in device memory: with polyattn_cuda.cuh, in sources that nvcc compiles.
+struct Cuda {
+    using policy_kind = backend_kind;
+};
+
 POLYATTN_END_NAMESPACE

@@ -37,6 +37,8 @@ template <class P>
 inline constexpr bool is_backend = false;
 template <>
 inline constexpr bool is_backend<Reference> = true;
+template <>
+inline constexpr bool is_backend<Cuda> = true;
 template <class A>
 inline constexpr bool is_backend<Simd<A>> = true;
 
@@ -95,6 +97,19 @@ struct InvalidAttention {
     Anything operator()(Args&&...) const { return {}; }
 };
 
+template <class...>
+inline constexpr bool never = false;
+
 }  // namespace detail
+
+/// The layer behind Attention<...>, with the policies sorted by kind: one for each family of backends.
+template <class... Kinds>
+class AttentionLayer {
+    static_assert(detail::never<Kinds...>, "polyattn::Attention: the backend Cuda needs #include <polyattn/polyattn_cuda.cuh>, in a source that nvcc compiles");
+};
+template <class... Kinds>
+class CompressedLayer {
+    static_assert(detail::never<Kinds...>, "polyattn::Attention: a CompressionPolicy needs #include <polyattn/polyattn.hpp>");
+};
 
 POLYATTN_END_NAMESPACE

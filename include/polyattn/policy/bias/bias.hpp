@@ -157,7 +157,7 @@ template <class F>
 struct FunctionBias {
     using policy_kind = bias_kind;
     F f;
-    double operator()(index_t batch, index_t head, index_t query, index_t key) const { return static_cast<double>(f(batch, head, query, key)); }
+    POLYATTN_HOST_DEVICE double operator()(index_t batch, index_t head, index_t query, index_t key) const { return static_cast<double>(f(batch, head, query, key)); }
 };
 template <class F>
 FunctionBias(F) -> FunctionBias<F>;

@@ -1,0 +1,272 @@
+#pragma once
+// A plan in device memory, in the order in which thread blocks work.
+
+#include <polyattn/backend/cuda/runtime.cuh>
+#include <polyattn/plan/plan.hpp>
+
+#include <algorithm>
+#include <limits>
+#include <map>
+
+POLYATTN_BEGIN_NAMESPACE
+
+namespace detail::cuda {
+
+/// Ascending tokens: first, first + 1, .. or a list.
+struct Sequence {
+    index_t first;
+    const index_t* list;
+    __device__ index_t operator[](index_t position) const { return list ? list[position] : first + position; }
+};
+
+/// A tile: offsets into the plan's arrays, -1 for none.
+struct DeviceTile {
+    index_t first_row, rows, first_key, keys;
+    offset_t row_list, key_list;
+    offset_t bounds;    // one a row
+    offset_t excluded;  // bits, one a position of the keys
+};
+
+/// What a group has to do with one tile. "Own" tokens are the group's (queries, or keys when transposed), the "others" are walked over.
+struct Segment {
+    index_t tile;
+    index_t own;                   // position of the group's first token in the tile, maybe below 0
+    index_t begin, end;            // positions of the others that any own token sees
+    index_t full_begin, full_end;  // those that all of them see
+};
+
+/// Up to `side` tokens that one thread block works on. Tokens that are not active belong to other groups and are not stored.
+struct DeviceGroup {
+    index_t first;
+    index_t count;
+    offset_t list;  // -1: consecutive tokens
+    index_t first_segment, last_segment;
+    std::uint64_t active;
+};
+
+/// What kernels see of a plan, in one direction.
+struct PlanView {
+    const DeviceTile* tiles;
+    const index_t* lists;
+    const Bounds* bounds;
+    const std::uint32_t* excluded;
+    const DeviceGroup* groups;
+    const Segment* segments;
+};
+
+/// Compressed sparse rows: edge e of row i leads to token to[e]; its weight is number index[e], e itself without an index.
+struct EdgeView {
+    const offset_t* offsets;
+    const index_t* to;
+    const offset_t* index;
+};
+
+/// Groups of one direction. Each token is active in at most one group of a wave; waves run one after the other.
+struct Direction {
+    std::vector<DeviceGroup> groups;
+    std::vector<Segment> segments;
+    std::vector<std::pair<index_t, index_t>> waves;  // ranges of groups
+    bool complete = false;                           // one wave covers all tokens
+    DeviceArray<DeviceGroup> device_groups;
+    DeviceArray<Segment> device_segments;
+};
+
+/// A plan lowered for tiles of `side` x `side` pairs. O(rows of tiles + rows x key groups they reach).
+template <int side>
+class DevicePlan {
+    static_assert(side <= 64);
+
+public:
+    explicit DevicePlan(const Plan& plan) {
+        std::vector<DeviceTile> tiles;
+        std::vector<index_t> lists;
+        std::vector<Bounds> bounds;
+        std::vector<std::uint32_t> excluded;
+        std::map<const void*, offset_t> known;
+        const auto place = [&](const IndexSequence& sequence) -> offset_t {
+            if (!sequence.is_list()) return -1;
+            const auto [at, added] = known.try_emplace(sequence.identity(), static_cast<offset_t>(lists.size()));
+            if (added) lists.insert(lists.end(), sequence.elements().begin(), sequence.elements().end());
+            return at->second;
+        };
+        for (const Tile& tile : plan.tiles()) {
+            DeviceTile made{tile.rows.empty() ? 0 : tile.rows.front(), tile.rows.size(), tile.keys.empty() ? 0 : tile.keys.front(), tile.keys.size(), place(tile.rows), place(tile.keys), -1, -1};
+            if (!tile.bounds.empty()) {
+                made.bounds = static_cast<offset_t>(bounds.size());
+                bounds.insert(bounds.end(), tile.bounds.begin(), tile.bounds.end());
+            }
+            if (!tile.excluded.empty()) {
+                made.excluded = static_cast<offset_t>(excluded.size());
+                excluded.resize(excluded.size() + static_cast<std::size_t>(tile.keys.size() + 31) / 32, 0);
+                for (const index_t key : tile.excluded)
+                    if (const index_t position = tile.keys.find(key); position >= 0)
+                        excluded[static_cast<std::size_t>(made.excluded + position / 32)] |= 1u << position % 32;
+            }
+            tiles.push_back(made);
+        }
+        lower(plan, tiles, rows_, false, plan.queries());
+        lower(plan, tiles, columns_, true, plan.keys());
+        tiles_ = DeviceArray<DeviceTile>(tiles);
+        lists_ = DeviceArray<index_t>(lists);
+        bounds_ = DeviceArray<Bounds>(bounds);
+        excluded_ = DeviceArray<std::uint32_t>(excluded);
+
+        edges_ = plan.edges().count();
+        std::vector<offset_t> offsets = plan.edges().offsets;
+        if (offsets.empty()) offsets.assign(static_cast<std::size_t>(plan.queries()) + 1, 0);
+        offsets_ = DeviceArray<offset_t>(offsets);
+        keys_ = DeviceArray<index_t>(plan.edges().keys);
+        const auto& transposed = plan.lowered<TransposedEdges>();
+        transposed_offsets_ = DeviceArray<offset_t>(transposed.offsets);
+        queries_ = DeviceArray<index_t>(transposed.queries);
+        forward_ = DeviceArray<offset_t>(transposed.forward);
+    }
+
+    const Direction& rows() const { return rows_; }
+    const Direction& columns() const { return columns_; }
+    offset_t edge_count() const { return edges_; }
+    /// Every query's row is finished by the edges' kernel, unless tiles alone finish all of them.
+    bool finished_by_edges(bool transposed) const { return edges_ > 0 || !(transposed ? columns_ : rows_).complete; }
+
+    PlanView view(bool transposed) const {
+        const Direction& direction = transposed ? columns_ : rows_;
+        return {tiles_.data(), lists_.data(), bounds_.data(), excluded_.data(), direction.device_groups.data(), direction.device_segments.data()};
+    }
+    EdgeView edges(bool transposed) const {
+        if (transposed) return {transposed_offsets_.data(), queries_.data(), forward_.data()};
+        return {offsets_.data(), keys_.data(), nullptr};
+    }
+
+private:
+    struct Entry {
+        std::pair<offset_t, index_t> group;  // list (-1: consecutive tokens), chunk
+        Segment segment;
+        std::uint64_t active;
+    };
+
+    static void lower(const Plan& plan, const std::vector<DeviceTile>& tiles, Direction& direction, bool transposed, index_t tokens) {
+        std::vector<Entry> entries;
+        for (std::size_t t = 0; t < tiles.size(); ++t) {
+            const Tile& tile = plan.tiles()[t];
+            const offset_t list = transposed ? tiles[t].key_list : tiles[t].row_list;
+            const IndexSequence& own = transposed ? tile.keys : tile.rows;
+            if (own.empty()) continue;
+            // Chunks of consecutive tokens lie at multiples of `side`, so that tiles of the same tokens meet in one group.
+            const index_t base = list < 0 ? own.front() : 0, first = base / side, last = (base + own.size() - 1) / side;
+            std::vector<Entry> made(static_cast<std::size_t>(last - first + 1));
+            for (index_t chunk = first; chunk <= last; ++chunk)
+                made[static_cast<std::size_t>(chunk - first)] = {{list, chunk}, {static_cast<index_t>(t), chunk * side - base, std::numeric_limits<index_t>::max(), 0, 0, 0}, 0};
+            if (transposed) fill_columns(tile, base, first, made);
+            else fill_rows(tile, made);
+            for (Entry& entry : made)
+                if (entry.active) {
+                    if (!tile.excluded.empty()) entry.segment.full_begin = entry.segment.full_end = 0;
+                    entries.push_back(entry);
+                }
+        }
+        std::stable_sort(entries.begin(), entries.end(), [](const Entry& a, const Entry& b) { return a.group < b.group; });
+        std::vector<std::pair<index_t, DeviceGroup>> groups;  // by wave
+        std::vector<index_t> waves_of(static_cast<std::size_t>(tokens), 0);
+        index_t most = 0;
+        for (std::size_t at = 0; at < entries.size();) {
+            const auto key = entries[at].group;
+            std::size_t end = at;
+            std::uint64_t active = 0;
+            for (; end < entries.size() && entries[end].group == key; ++end) active |= entries[end].active;
+            const Tile& tile = plan.tiles()[static_cast<std::size_t>(entries[at].segment.tile)];
+            const IndexSequence& own = transposed ? tile.keys : tile.rows;
+            const index_t count = std::min<index_t>(side, (key.first < 0 ? tokens : own.size()) - key.second * side);
+            DeviceGroup group{key.first < 0 ? key.second * side : own[key.second * side], count, key.first < 0 ? -1 : key.first + key.second * side,
+                              static_cast<index_t>(direction.segments.size()), 0, active};
+            for (; at < end; ++at) {
+                Segment segment = entries[at].segment;
+                if (active & ~entries[at].active) segment.full_begin = segment.full_end = 0;  // some token sees nothing of this tile
+                direction.segments.push_back(segment);
+            }
+            group.last_segment = static_cast<index_t>(direction.segments.size());
+            const auto for_each_active = [&](auto&& f) {
+                for (index_t s = 0; s < count; ++s)
+                    if (active >> s & 1) f(waves_of[static_cast<std::size_t>(key.first < 0 ? group.first + s : own[key.second * side + s])]);
+            };
+            index_t wave = 0;
+            for_each_active([&](index_t known) { wave = std::max(wave, known); });
+            for_each_active([&](index_t& known) { known = wave + 1; });
+            most = std::max(most, wave + 1);
+            groups.emplace_back(wave, group);
+        }
+        std::stable_sort(groups.begin(), groups.end(), [](const auto& a, const auto& b) { return a.first < b.first; });
+        for (const auto& [wave, group] : groups) {
+            if (static_cast<index_t>(direction.waves.size()) <= wave) direction.waves.emplace_back(static_cast<index_t>(direction.groups.size()), 0);
+            direction.groups.push_back(group);
+            direction.waves.back().second = static_cast<index_t>(direction.groups.size());
+        }
+        direction.complete = most <= 1 && std::find(waves_of.begin(), waves_of.end(), 0) == waves_of.end();
+        direction.device_groups = DeviceArray<DeviceGroup>(direction.groups);
+        direction.device_segments = DeviceArray<Segment>(direction.segments);
+    }
+
+    /// Own tokens are the tile's rows.
+    static void fill_rows(const Tile& tile, std::vector<Entry>& made) {
+        for (Entry& entry : made) {
+            Segment& segment = entry.segment;
+            Bounds full{0, tile.keys.size()};
+            for (index_t s = 0; s < side; ++s) {
+                const index_t r = segment.own + s;
+                if (r < 0 || r >= tile.rows.size() || tile.row_count(r) == 0) continue;
+                const Bounds range = tile.row_bounds(r);
+                entry.active |= std::uint64_t{1} << s;
+                segment.begin = std::min(segment.begin, range.begin);
+                segment.end = std::max(segment.end, range.end);
+                full = {std::max(full.begin, range.begin), std::min(full.end, range.end)};
+            }
+            if (!full.empty()) {
+                segment.full_begin = full.begin;
+                segment.full_end = full.end;
+            }
+        }
+    }
+    /// Own tokens are the tile's keys.
+    static void fill_columns(const Tile& tile, index_t base, index_t first_chunk, std::vector<Entry>& made) {
+        std::vector<index_t> starts(static_cast<std::size_t>(tile.keys.size()) + 1, 0);
+        for (index_t r = 0; r < tile.rows.size(); ++r) {
+            const Bounds range = tile.row_bounds(r);
+            if (range.empty()) continue;
+            ++starts[static_cast<std::size_t>(range.begin)];
+            --starts[static_cast<std::size_t>(range.end)];
+            for (index_t chunk = (range.begin + base) / side; chunk <= (range.end - 1 + base) / side; ++chunk) {
+                Segment& segment = made[static_cast<std::size_t>(chunk - first_chunk)].segment;
+                segment.begin = std::min(segment.begin, r);
+                segment.end = r + 1;
+                const bool covers = range.begin <= std::max(segment.own, 0) && range.end >= std::min(segment.own + side, tile.keys.size());
+                if (!covers) continue;
+                if (segment.full_end == r && segment.full_end > segment.full_begin) segment.full_end = r + 1;
+                else if (segment.full_end == segment.full_begin) {
+                    segment.full_begin = r;
+                    segment.full_end = r + 1;
+                }
+            }
+        }
+        index_t seen = 0;
+        auto skip = tile.excluded.begin();
+        for (index_t c = 0; c < tile.keys.size(); ++c) {
+            seen += starts[static_cast<std::size_t>(c)];
+            const index_t key = tile.keys[c];
+            while (skip != tile.excluded.end() && *skip < key) ++skip;
+            if (seen == 0 || (skip != tile.excluded.end() && *skip == key)) continue;
+            Entry& entry = made[static_cast<std::size_t>((c + base) / side - first_chunk)];
+            entry.active |= std::uint64_t{1} << (c - entry.segment.own);
+        }
+    }
+
+    Direction rows_, columns_;
+    DeviceArray<DeviceTile> tiles_;
+    DeviceArray<index_t> lists_, keys_, queries_;
+    DeviceArray<Bounds> bounds_;
+    DeviceArray<std::uint32_t> excluded_;
+    DeviceArray<offset_t> offsets_, transposed_offsets_, forward_;
+    offset_t edges_ = 0;
+};
+
+}  // namespace detail::cuda
+
+POLYATTN_END_NAMESPACE

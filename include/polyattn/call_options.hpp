@@ -1,0 +1,62 @@
+#pragma once
+
+#include <polyattn/core/dropout.hpp>
+#include <polyattn/core/view.hpp>
+#include <polyattn/core/workspace.hpp>
+#include <polyattn/plan/plan.hpp>
+#include <polyattn/policy/diffusion/concept.hpp>
+
+#include <optional>
+
+POLYATTN_BEGIN_NAMESPACE
+
+/// What one call may set; nothing of it changes the layer.
+struct CallOptions {
+    /// Valid keys of each batch item; the keys behind are padding and have weight 0. Empty: all.
+    std::vector<index_t> key_lengths = {};
+    /// Valid queries of each batch item; the outputs behind are 0. Empty: as key_lengths if there are as many queries as keys
+    /// (self-attention), else all.
+    std::vector<index_t> query_lengths = {};
+    /// What samplers and dropout draw from.
+    Draw draw = {};
+    /// Training only.
+    Dropout dropout = {};
+    /// Used instead of the pattern's and sampler's own.
+    std::optional<Plan> plan = {};
+    /// The same with a plan for each batch item, where items differ: graphs, draws of their own; or for each (batch, head), heads of an
+    /// item one after the other.
+    std::vector<Plan> item_plans = {};
+    /// Scratch memory to reuse; one call at a time.
+    Workspace* workspace = nullptr;
+    /// Bytes that the stored weights of a head's tiles may take under diffusion and in backward; beyond, they are computed again. Weights
+    /// of edges are always stored: one number an edge.
+    std::size_t weight_budget = std::size_t{256} << 20;
+    /// into() adds to what the output holds: a residual connection.
+    bool accumulate = false;
+};
+
+namespace detail {
+
+/// One of a plan for each batch item, or for each (batch, head).
+template <class T>
+const Plan& plan_of(std::span<const Plan> plans, const TensorView<T>& q, index_t b, index_t h) {
+    return plans[static_cast<std::size_t>(plans.size() == static_cast<std::size_t>(q.batch()) ? b : b * q.heads() + h)];
+}
+
+inline void check_recursion(const Recursion& recursion) {
+    const auto check = [](double factor) { require(is_finite(factor), "recursion", "finite factors", "one that is not"); };
+    check(recursion.start);
+    for (const Hop& hop : recursion.hops) {
+        check(hop.walk);
+        check(hop.teleport);
+    }
+}
+inline void check_lengths(const std::vector<index_t>& lengths, index_t batch, index_t tokens, const char* argument) {
+    if (lengths.empty()) return;
+    require(lengths.size() == static_cast<std::size_t>(batch), argument, [&] { return text("one length for each of ", batch, " batch items"); }, lengths.size());
+    for (const index_t length : lengths) require(length >= 0 && length <= tokens, argument, [&] { return text("lengths from 0 to ", tokens); }, length);
+}
+
+}  // namespace detail
+
+POLYATTN_END_NAMESPACE

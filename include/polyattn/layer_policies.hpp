@@ -1,0 +1,211 @@
+#pragma once
+// What every backend's layer shares: the policies, the plans that they make, and the checks of a call.
+
+#include <polyattn/call_options.hpp>
+#include <polyattn/core/parallel.hpp>
+#include <polyattn/policy/pattern/concept.hpp>
+#include <polyattn/policy/set.hpp>
+
+POLYATTN_BEGIN_NAMESPACE
+
+namespace detail {
+
+/// The policies of a layer, sorted by kind.
+template <class Pattern, class Sampler, class Diffusion, class Score, class Bias>
+class LayerPolicies {
+public:
+    template <class... Policies>
+    explicit LayerPolicies(std::tuple<Policies...> policies)
+        : pattern_(take<Pattern>(policies)), sampler_(take<Sampler>(policies)), diffusion_(take<Diffusion>(policies)), score_(take<Score>(policies)),
+          bias_(take<Bias>(policies)), cache_(std::make_shared<PlanCache>()) {
+        validate(pattern_);
+        validate(sampler_);
+        validate(diffusion_);
+        validate(score_);
+        validate(bias_);
+        recursion_ = diffusion_.recursion();
+        check_recursion(recursion_);
+    }
+
+    const Pattern& pattern() const { return pattern_; }
+    const Sampler& sampler() const { return sampler_; }
+    const Diffusion& diffusion() const { return diffusion_; }
+    const Bias& bias() const { return bias_; }
+    const Recursion& recursion() const { return recursion_; }
+
+    /// Which keys each query sees. The last 8 for other (queries, keys, draw of the sampler) are kept; copies of a layer share them.
+    /// Throws invalid_input if the pattern does not exist for these numbers.
+    Plan plan(index_t queries, index_t keys, const Draw& draw = {}) const {
+        static_assert(!data_dependent, "polyattn: this pattern depends on q and k; the plans of a call are in forward().saved.plan(batch, head)");
+        const typename PlanCache::Key key{queries, keys, samples ? draw : Draw{}};
+        const std::lock_guard lock(cache_->mutex);
+        for (const auto& [known, plan] : cache_->plans)
+            if (known == key) return plan;
+        Plan made = make_plan(queries, keys, draw);
+        if (cache_->plans.size() == PlanCache::capacity) cache_->plans.erase(cache_->plans.begin());
+        cache_->plans.emplace_back(key, made);
+        return made;
+    }
+
+    /// The plans of a call with a batch: one for all items, or one for each where the sampler draws per item or the options name them.
+    /// Throws invalid_input.
+    std::vector<Plan> plans(index_t batch, index_t queries, index_t keys, const CallOptions& options) const {
+        check_lengths(options.key_lengths, batch, keys, "key_lengths");
+        const Plans found = plans_for(options, batch, 1, queries, keys);
+        if (found.shared) return {*found.shared};
+        return {found.items.begin(), found.items.end()};
+    }
+
+protected:
+    static constexpr bool samples = !std::is_same_v<Sampler, AllSources>;
+    static constexpr bool kernel = is_kernel<Score>;
+    static constexpr bool data_dependent = DataDependentPattern<Pattern>;
+
+    struct PlanCache {
+        static constexpr std::size_t capacity = 8;
+        struct Key {
+            index_t queries, keys;
+            Draw draw;
+            friend bool operator==(const Key&, const Key&) = default;
+        };
+        std::mutex mutex;
+        std::vector<std::pair<Key, Plan>> plans;
+    };
+
+    template <class P, class... Policies>
+    static P take(std::tuple<Policies...>& policies) {
+        if constexpr ((std::is_same_v<P, Policies> || ...)) return std::move(std::get<P>(policies));
+        else return P{};
+    }
+
+    /// A V alone has any number of queries; everything else feeds outputs back as values.
+    bool needs_square() const { return recursion_.hops.size() != 1 || recursion_.hops[0].teleport != 0; }
+
+    template <class T>
+    static void require_shape(const TensorView<T>& view, const std::array<index_t, 4>& extents, int rank, const char* argument) {
+        const TensorView<T> wanted{nullptr, extents, {}, rank};
+        if (view.extents != extents || view.rank != rank) throw invalid_input(argument, shape_text(wanted), shape_text(view));
+    }
+
+    template <class T>
+    void check_shapes(const TensorView<const T>& q, const TensorView<const T>& k, const TensorView<const T>& v) const {
+        require(q.dim() >= 1, "q", "a head dimension >= 1", q.dim());
+        require(k.heads() == q.heads() || (k.heads() > 0 && q.heads() % k.heads() == 0), "k",
+                        [&] { return text("a number of heads that divides q's ", q.heads()); }, k.heads());
+        require_shape(k, {q.extents[0], k.extents[1], k.extents[2], q.extents[3]}, q.rank, "k");
+        require_shape(v, {q.extents[0], k.extents[1], k.extents[2], v.extents[3]}, q.rank, "v");
+        if (needs_square() && q.tokens() != k.tokens())
+            throw invalid_input("k", text("as many keys as queries for diffusion, ", q.tokens()), std::to_string(k.tokens()));
+        if constexpr (requires { bias_.check_heads(q.heads()); }) bias_.check_heads(q.heads());
+    }
+
+    Plan make_plan(index_t queries, index_t keys, const Draw& draw) const {
+        if constexpr (!samples) return pattern_.plan(queries, keys);
+        else return thinned(sampler_.sample(queries, keys, draw, is_causal<Pattern>()));
+    }
+    Plan thinned(Plan sampled) const {
+        if constexpr (std::is_same_v<Pattern, Dense>) return sampled;
+        else return intersect(pattern_.plan(sampled.queries(), sampled.keys()), sampled);
+    }
+
+    /// The plans of a call: `shared` by all batch items, or those of `items`, which are the caller's or drawn for this call.
+    struct Plans {
+        std::optional<Plan> shared;
+        std::span<const Plan> items;
+        std::vector<Plan> drawn;
+        template <class T>
+        const Plan& of(const TensorView<T>& q, index_t b, index_t h) const { return items.empty() ? *shared : plan_of(items, q, b, h); }
+    };
+    Plans plans_for(const CallOptions& options, index_t batch, index_t heads, index_t queries, index_t keys) const {
+        const auto check = [&](const Plan& plan, const char* argument) {
+            if (plan.queries() != queries || plan.keys() != keys)
+                throw invalid_input(argument, text(queries, " queries x ", keys, " keys"), text(plan.queries(), " x ", plan.keys()));
+        };
+        Plans plans;
+        if (!options.item_plans.empty()) {
+            require(!options.plan, "item_plans", "none beside plan", options.item_plans.size());
+            const std::size_t given = options.item_plans.size();
+            require(given == static_cast<std::size_t>(batch) || given == static_cast<std::size_t>(offset_t{batch} * heads), "item_plans",
+                            [&] { return text("one for each of ", batch, " batch items, or of their ", heads, " heads"); }, given);
+            for (const Plan& plan : options.item_plans) check(plan, "item_plans");
+            plans.items = options.item_plans;
+        } else if (options.plan) {
+            check(*options.plan, "plan");
+            plans.shared = *options.plan;
+        } else if (draws_per_item()) {
+            if constexpr (PerItemSampler<Sampler>)
+                for (index_t b = 0; b < batch; ++b)
+                    plans.drawn.push_back(thinned(sampler_.sample_item(queries, keys, b, options.key_lengths.empty() ? keys : options.key_lengths[static_cast<std::size_t>(b)],
+                                                                       options.draw, is_causal<Pattern>())));
+            plans.items = plans.drawn;
+        } else if constexpr (!data_dependent) plans.shared = plan(queries, keys, options.draw);
+        return plans;
+    }
+    bool draws_per_item() const {
+        if constexpr (PerItemSampler<Sampler>) return sampler_.draws_per_item();
+        else return false;
+    }
+
+    template <class T>
+    Plans check(const TensorView<const T>& q, const TensorView<const T>& k, const TensorView<const T>& v, const CallOptions& options) const {
+        check_shapes(q, k, v);
+        check_lengths(options.key_lengths, q.batch(), k.tokens(), "key_lengths");
+        check_lengths(options.query_lengths, q.batch(), q.tokens(), "query_lengths");
+        options.dropout.validate();
+        if constexpr (kernel) {
+            require(options.dropout.weights == 0, "dropout.weights", "0 with kernel scores, whose weights are never formed", options.dropout.weights);
+            if (options.plan && options.plan->queries() == q.tokens() && options.plan->keys() == k.tokens())
+                require(options.plan->count() == plan(q.tokens(), k.tokens()).count(), "plan", "none with kernel scores, or the pattern's own", "one of other pairs");
+            require(options.item_plans.empty(), "item_plans", "none with kernel scores", options.item_plans.size());
+        }
+        Plans plans = plans_for(options, q.batch(), q.heads(), q.tokens(), k.tokens());
+        if constexpr (data_dependent)
+            if (!plans.shared && plans.items.empty()) {
+                plans.drawn.resize(static_cast<std::size_t>(offset_t{q.batch()} * q.heads()));
+                parallel_for(static_cast<offset_t>(plans.drawn.size()), [&](offset_t item, int) {
+                    const auto b = static_cast<index_t>(item / q.heads()), h = static_cast<index_t>(item % q.heads());
+                    const Valid valid = valid_of(options, b, q.tokens(), k.tokens());
+                    plans.drawn[static_cast<std::size_t>(item)] = pattern_.plan_for(q.head(b, h), k.head(b, h / (q.heads() / k.heads())), valid.queries, valid.keys, options.draw);
+                });
+                plans.items = plans.drawn;
+            }
+        return plans;
+    }
+
+    struct Valid {
+        index_t queries, keys;
+    };
+    static Valid valid_of(const CallOptions& options, index_t b, index_t queries, index_t keys) {
+        const auto item = static_cast<std::size_t>(b);
+        const index_t valid = options.key_lengths.empty() ? keys : options.key_lengths[item];
+        return {!options.query_lengths.empty() ? options.query_lengths[item] : queries == keys ? valid : queries, valid};
+    }
+
+    /// What a score needs beside a head's q, k and v: the bound bias, or the bound feature map.
+    template <class T>
+    decltype(auto) bind(const TensorView<const T>& q, const TensorView<const T>& k) const {
+        if constexpr (kernel) {
+            auto bound = bind_features(score_.features, q.dim());
+            if constexpr (has_directions<decltype(bound)> && is_causal<Pattern>())
+                require(bound->fixed_shift < (sizeof(T) == 4 ? 80 : 700), "q", "a head dimension whose random features don't underflow in a causal layer (float: up to some 250)", q.dim());
+            return bound;
+        }
+        else return bind_bias(bias_, q.tokens(), k.tokens());
+    }
+    index_t feature_count(index_t dim) const {
+        if constexpr (requires { score_.features.count(dim); }) return score_.features.count(dim);
+        else return dim;
+    }
+
+    Pattern pattern_;
+    Sampler sampler_;
+    Diffusion diffusion_;
+    Score score_;
+    Bias bias_;
+    Recursion recursion_;
+    std::shared_ptr<PlanCache> cache_;
+};
+
+}  // namespace detail
+
+POLYATTN_END_NAMESPACE

@@ -1,0 +1,16 @@
+#pragma once
+/// Attention<..., Cuda> on tensors in device memory, for sources that nvcc compiles as C++20. Without xtensor and xsimd; the CPU's umbrella is polyattn.hpp.
+
+#include <polyattn/backend/cuda/attention_layer.cuh>
+#include <polyattn/policy/attention.hpp>
+#include <polyattn/policy/diffusion/diffusion.hpp>
+#include <polyattn/policy/pattern/big_bird.hpp>
+#include <polyattn/policy/pattern/combine.hpp>
+#include <polyattn/policy/pattern/dense.hpp>
+#include <polyattn/policy/pattern/edge_list.hpp>
+#include <polyattn/policy/pattern/grid.hpp>
+#include <polyattn/policy/pattern/local_global_random.hpp>
+#include <polyattn/policy/pattern/random.hpp>
+#include <polyattn/policy/pattern/sparse_transformer.hpp>
+#include <polyattn/policy/pattern/window.hpp>
+#include <polyattn/policy/sampler/sampler.hpp>
