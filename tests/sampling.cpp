@@ -429,13 +429,13 @@ TEST_CASE("causal samplers leak nothing: earlier outputs keep every bit when lat
                     v2.values[at] = 100;
                 }
             const auto other = layer(q2.view(), k2.view(), v2.view(), options);
-            bool earlier = true, later = true;
+            bool earlier = true, later = false;
             for (index_t h = 0; h < 2; ++h)
                 for (index_t i = 0; i < n; ++i) {
                     const auto first = static_cast<std::size_t>((h * n + i) * 16);
                     const bool equal = std::equal(out.values.begin() + static_cast<std::ptrdiff_t>(first), out.values.begin() + static_cast<std::ptrdiff_t>(first) + 16, other.values.begin() + static_cast<std::ptrdiff_t>(first));
                     if (i < changed) earlier &= equal;
-                    if (i == changed) later &= !equal;
+                    if (i >= changed) later |= !equal;  // a row that sees one other key alone stays as it is
                 }
             CHECK(earlier);
             CHECK(later);

@@ -61,24 +61,25 @@ inline constexpr std::uint32_t global_tokens = 1, random_tokens = 2, random_bloc
                                weight_dropout = 0x40000000u, value_dropout = 0x80000000u;
 }
 
-/// The numbers of one (seed, row, stream, draw): counter = (element / 4, row, stream, hash of the draw), words in order.
+/// The numbers of one (seed, row, stream, draw): counter = (element / 4, row, stream, hash of the draw), words in order. Device code may draw
+/// them too, but for the vector of distinct ones.
 class RandomRow {
 public:
-    RandomRow(std::uint64_t seed, std::uint32_t row, std::uint32_t stream, std::uint32_t draw_hash = 0)
-        : counter_{0, row, stream, draw_hash},
-          key_{static_cast<std::uint32_t>(seed), static_cast<std::uint32_t>(seed >> 32)} {}
+    POLYATTN_HOST_DEVICE RandomRow(std::uint64_t seed, std::uint32_t row, std::uint32_t stream, std::uint32_t draw_hash = 0)
+        : counter_{0, row, stream, draw_hash}, key_{static_cast<std::uint32_t>(seed), static_cast<std::uint32_t>(seed >> 32)} {}
 
-    std::uint32_t next() {
+    POLYATTN_HOST_DEVICE std::uint32_t next() {
         if (used_ == 4) {
-            words_ = philox(counter_, key_);
+            for (int word = 0; word < 4; ++word) words_[word] = counter_[word];
+            detail::philox_rounds(words_, key_[0], key_[1]);
             ++counter_[0];
             used_ = 0;
         }
-        return words_[static_cast<std::size_t>(used_++)];
+        return words_[used_++];
     }
 
     /// Uniform in [0, bound), exactly: multiply and reject. bound >= 1.
-    std::uint32_t below(std::uint32_t bound) {
+    POLYATTN_HOST_DEVICE std::uint32_t below(std::uint32_t bound) {
         const std::uint32_t reject_below = (0u - bound) % bound;  // 2^32 mod bound
         for (;;) {
             const std::uint64_t product = std::uint64_t{next()} * bound;
@@ -86,39 +87,43 @@ public:
         }
     }
 
-    /// `count` distinct numbers of [0, bound), ascending; all of them when count >= bound. O(count log count), Floyd's method.
+    /// Inserts `count` <= bound distinct numbers of [0, bound) into a set: insert(number) says whether the number is new. Floyd's method.
+#if defined(__NVCC__)
+#pragma nv_exec_check_disable  // the set may be one of the host's
+#endif
+    template <class Insert>
+    POLYATTN_HOST_DEVICE void insert_distinct(index_t bound, index_t count, Insert&& insert) {
+        for (index_t last = bound - count; last < bound; ++last)
+            if (!insert(static_cast<index_t>(below(static_cast<std::uint32_t>(last) + 1)))) insert(last);
+    }
+
+    /// The longest draw for which a sorted vector beats other sets.
+    static constexpr index_t longest_sorted = 512;
+
+    /// `count` distinct numbers of [0, bound), ascending; all of them when count >= bound. O(count log count).
     void distinct(index_t bound, index_t count, std::vector<index_t>& out) {
         out.clear();
         if (count >= bound) {
             out.resize(static_cast<std::size_t>(bound));
             std::iota(out.begin(), out.end(), 0);
-            return;
-        }
-        // A sorted vector beats a hash set for the few dozen numbers of a row; long draws take the set.
-        if (count <= 512) {
-            for (index_t last = bound - count; last < bound; ++last) {
-                const auto pick = static_cast<index_t>(below(static_cast<std::uint32_t>(last) + 1));
-                const auto at = std::lower_bound(out.begin(), out.end(), pick);
-                if (at != out.end() && *at == pick) out.push_back(last);
-                else out.insert(at, pick);
-            }
+        } else if (count <= longest_sorted) {
+            insert_distinct(bound, count, [&](index_t number) {
+                const auto at = std::lower_bound(out.begin(), out.end(), number);
+                if (at != out.end() && *at == number) return false;
+                out.insert(at, number);
+                return true;
+            });
         } else {
             std::unordered_set<index_t> seen;
             seen.reserve(static_cast<std::size_t>(count) * 2);
-            for (index_t last = bound - count; last < bound; ++last) {
-                const auto pick = static_cast<index_t>(below(static_cast<std::uint32_t>(last) + 1));
-                const index_t chosen = seen.insert(pick).second ? pick : last;
-                if (chosen == last) seen.insert(last);
-                out.push_back(chosen);
-            }
+            insert_distinct(bound, count, [&](index_t number) { return seen.insert(number).second; });
+            out.assign(seen.begin(), seen.end());
             std::sort(out.begin(), out.end());
         }
     }
 
 private:
-    std::array<std::uint32_t, 4> counter_;
-    std::array<std::uint32_t, 2> key_;
-    std::array<std::uint32_t, 4> words_{};
+    std::uint32_t counter_[4], key_[2], words_[4]{};
     int used_ = 4;
 };
 

@@ -50,40 +50,50 @@ inline void validate_sigma(const OverDepth& sigma) {
     }
 }
 
+/// i + noise_i in units of 2^-24 tokens, for the random word of i. The noise is normal with deviation `sigma` tokens; infinite: the place is the
+/// noise alone.
+class NoisyPlace {
+public:
+    explicit NoisyPlace(double sigma) : shuffles_(!is_finite(sigma)) {
+        if (shuffles_) return;
+        whole_ = static_cast<std::int64_t>(sigma);
+        fraction_ = static_cast<std::int64_t>(std::ldexp(sigma - static_cast<double>(whole_), 32));
+    }
+    bool moves() const { return shuffles_ || whole_ != 0 || fraction_ != 0; }
+
+    /// With the tables of normal deviates handed in: each backend keeps its own copy.
+    POLYATTN_HOST_DEVICE std::int64_t operator()(index_t i, std::uint32_t word, const std::int32_t* quantiles, const std::int32_t* slopes) const {
+        if (shuffles_) return word;
+        const std::int64_t deviate = normal_deviate_from(word, quantiles, slopes);
+        return (std::int64_t{i} << 24) + whole_ * deviate + ((fraction_ * deviate) >> 32);
+    }
+
+private:
+    bool shuffles_;
+    std::int64_t whole_ = 0, fraction_ = 0;
+};
+
 /// The stable order of i + noise_i, i < count: slot -> source. noise_i is normal with deviation `sigma` tokens; infinite: all orders are
 /// equally likely. Numbers come from (draw, stream, line). O(count log count).
 class NoisyOrder {
 public:
-    NoisyOrder(const Draw& draw, std::uint32_t stream, double sigma) : draw_(draw), stream_(stream), hash_(draw.hash()), shuffles_(!is_finite(sigma)) {
-        if (!shuffles_) {
-            whole_ = static_cast<std::int64_t>(sigma);
-            fraction_ = static_cast<std::int64_t>(std::ldexp(sigma - static_cast<double>(whole_), 32));
-        }
-    }
+    NoisyOrder(const Draw& draw, std::uint32_t stream, double sigma) : seed_(draw.seed), stream_(stream), hash_(draw.hash()), place_(sigma) {}
     std::span<const index_t> operator()(index_t count, std::uint32_t line) {
         order_.resize(static_cast<std::size_t>(count));
         std::iota(order_.begin(), order_.end(), 0);
-        if (!shuffles_ && whole_ == 0 && fraction_ == 0) return order_;
+        if (!place_.moves()) return order_;
         places_.resize(order_.size());
-        RandomRow random(draw_.seed, line, stream_, hash_);
-        for (index_t i = 0; i < count; ++i) places_[static_cast<std::size_t>(i)] = {place(i, random.next()), i};
+        RandomRow random(seed_, line, stream_, hash_);
+        for (index_t i = 0; i < count; ++i) places_[static_cast<std::size_t>(i)] = {place_(i, random.next(), normal_quantiles.data(), normal_slopes.data()), i};
         std::sort(places_.begin(), places_.end());  // pairs: equal places keep their order
         for (std::size_t slot = 0; slot < order_.size(); ++slot) order_[slot] = places_[slot].second;
         return order_;
     }
 
 private:
-    /// Units of 2^-24 tokens.
-    std::int64_t place(index_t i, std::uint32_t word) const {
-        if (shuffles_) return word;
-        const std::int64_t deviate = normal_deviate(word);
-        return (std::int64_t{i} << 24) + whole_ * deviate + ((fraction_ * deviate) >> 32);
-    }
-
-    Draw draw_;
+    std::uint64_t seed_;
     std::uint32_t stream_, hash_;
-    bool shuffles_;
-    std::int64_t whole_ = 0, fraction_ = 0;
+    NoisyPlace place_;
     std::vector<std::pair<std::int64_t, index_t>> places_;
     std::vector<index_t> order_;
 };

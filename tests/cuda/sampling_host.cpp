@@ -1,0 +1,2 @@
+// Two programs, one for each of Thrust's device systems that need no GPU; the definition of THRUST_DEVICE_SYSTEM says which.
+#include "cuda/sampling_table.hpp"
