@@ -1,7 +1,10 @@
 #pragma once
 /// Attention<..., Cuda> on tensors in device memory, for sources that nvcc compiles as C++20. Without xtensor and xsimd; the CPU's umbrella is polyattn.hpp.
+/// By name beside it: backend/cuda/sampling.cuh (graphs and draws made on the device) and backend/cuda/language_model.cuh.
 
 #include <polyattn/backend/cuda/attention_layer.cuh>
+#include <polyattn/backend/cuda/thrust.cuh>
+#include <polyattn/backend/cuda/compressed_layer.cuh>
 #include <polyattn/policy/attention.hpp>
 #include <polyattn/policy/diffusion/diffusion.hpp>
 #include <polyattn/policy/pattern/big_bird.hpp>

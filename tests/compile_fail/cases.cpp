@@ -88,6 +88,9 @@ int main() {
     attention.start<float>(1, 1, 1, 4, 4);
 #elif defined(CASE_foreign_backend)
     Attention<ForeignBackend> attention;
+#elif defined(CASE_cuda_without_its_header)
+    Attention<LocalGlobalRandom, PPR<5>, Cuda> attention;
+    attention(x, x, x);
 #elif defined(CASE_sampler_without_causal_form)
     Attention<Causal, Unbiased> attention;
 #elif defined(CASE_no_windows)

@@ -1,4 +1,4 @@
-# Builds and runs the consumer in one of four ways: KIND = subdirectory, build_tree, install_tree, pkg_config.
+# Builds and runs the consumer in one of these ways: KIND = subdirectory, build_tree, install_tree, pkg_config; with nvcc cuda_package, which is built alone.
 function(run)
   execute_process(COMMAND ${ARGN} RESULT_VARIABLE failed OUTPUT_VARIABLE output ERROR_VARIABLE output)
   if(failed)
@@ -16,7 +16,11 @@ elseif(KIND STREQUAL "build_tree")
   run(${configure} -S ${SOURCE}/tests/consumers/package -Dpolyattn_DIR=${BUILD})
 else()
   run(${CMAKE_COMMAND} --install ${BUILD} --prefix ${prefix})
-  if(KIND STREQUAL "install_tree")
+  if(KIND STREQUAL "cuda_package")
+    run(${configure} -S ${SOURCE}/tests/consumers/cuda_package -DCMAKE_PREFIX_PATH=${prefix} -DCMAKE_CUDA_COMPILER=${NVCC})
+    run(${CMAKE_COMMAND} --build ${WORK}/build)
+    return()
+  elseif(KIND STREQUAL "install_tree")
     run(${configure} -S ${SOURCE}/tests/consumers/package -DCMAKE_PREFIX_PATH=${prefix})
   else()
     file(READ ${prefix}/share/pkgconfig/polyattn.pc pc)

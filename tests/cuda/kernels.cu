@@ -1,4 +1,5 @@
 // The kernels by name, for what ptxas says of them: registers, spills, and whether every architecture takes them.
+#include <polyattn/backend/cuda/language_model.cuh>
 #include <polyattn/polyattn_cuda.cuh>
 
 POLYATTN_BEGIN_NAMESPACE
@@ -12,9 +13,25 @@ namespace detail::cuda {
     template __global__ void gradient_tiles<T, NoBias, false>(const __grid_constant__ TileGradientArguments<T, NoBias>); \
     template __global__ void gradient_tiles<T, NoBias, true>(const __grid_constant__ TileGradientArguments<T, NoBias>);  \
     template __global__ void gradient_edges<T, NoBias>(const __grid_constant__ EdgeGradientArguments<T, NoBias>);       \
-    template __global__ void hop_gradient<T>(const __grid_constant__ HopGradientArguments<T>);
+    template __global__ void apply_single_rows<T, NoBias, false>(const __grid_constant__ TileArguments<T, NoBias>);     \
+    template __global__ void apply_single_rows<T, NoBias, true>(const __grid_constant__ TileArguments<T, NoBias>);      \
+    template __global__ void gradient_single_rows<T, NoBias, false>(const __grid_constant__ TileGradientArguments<T, NoBias>); \
+    template __global__ void gradient_single_rows<T, NoBias, true>(const __grid_constant__ TileGradientArguments<T, NoBias>);  \
+    template __global__ void hop_gradient<T>(const __grid_constant__ HopGradientArguments<T>);                           \
+    template __global__ void sum_chunks<T>(const __grid_constant__ LinearProduct<T>);                                   \
+    template __global__ void apply_states<T>(const __grid_constant__ LinearProduct<T>);                                 \
+    template __global__ void linear_rows<T>(const __grid_constant__ LinearArguments<T>);                                \
+    template __global__ void random_features<T>(const __grid_constant__ RandomFeatureArguments<T>);
 POLYATTN_KERNELS(float)
 POLYATTN_KERNELS(double)
+
+#define POLYATTN_HALF_KERNELS(T)                                                                                \
+    template __global__ void apply_tiles_half<T, NoBias>(const __grid_constant__ TileArguments<T, NoBias>);     \
+    template __global__ void apply_single_rows<T, NoBias, false>(const __grid_constant__ TileArguments<T, NoBias>); \
+    template __global__ void score_edges<T, NoBias>(const __grid_constant__ ScoreArguments<T, NoBias>);         \
+    template __global__ void apply_edges<T>(const __grid_constant__ EdgeArguments<T>);
+POLYATTN_HALF_KERNELS(__half)
+POLYATTN_HALF_KERNELS(__nv_bfloat16)
 
 }  // namespace detail::cuda
 POLYATTN_END_NAMESPACE

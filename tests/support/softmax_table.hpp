@@ -57,6 +57,12 @@ TEST_CASE("batches, grouped-query heads, padding and dropout") {
         check_case<double>(c, random);
         c.plan = Union{Strided{.stride = 4}, SlidingWindow{.window = 6, .dilation = 2}, RandomTokens{.count = 3, .seed = random.seed()}}.plan(n, n);
         check_case<float>(c, random);
+        // More valid queries than keys: their teleports count all the same.
+        c.options.query_lengths = {n, n, n / 3};
+        check_case<float>(c, random);
+        c.options.dropout = {};
+        c.plan = Dense{}.plan(n, n);
+        check_case<double>(c, random);
     }
 }
 

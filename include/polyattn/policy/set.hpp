@@ -104,11 +104,15 @@ inline constexpr bool never = false;
 
 /// The layer behind Attention<...>, with the policies sorted by kind: one for each family of backends.
 template <class... Kinds>
-class AttentionLayer {
+class AttentionLayer : public detail::InvalidAttention {
+public:
+    using InvalidAttention::InvalidAttention;
     static_assert(detail::never<Kinds...>, "polyattn::Attention: the backend Cuda needs #include <polyattn/polyattn_cuda.cuh>, in a source that nvcc compiles");
 };
 template <class... Kinds>
-class CompressedLayer {
+class CompressedLayer : public detail::InvalidAttention {
+public:
+    using InvalidAttention::InvalidAttention;
     static_assert(detail::never<Kinds...>, "polyattn::Attention: a CompressionPolicy needs #include <polyattn/polyattn.hpp>");
 };
 

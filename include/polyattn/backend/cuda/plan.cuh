@@ -61,12 +61,17 @@ struct EdgeView {
     const offset_t* index;
 };
 
+/// A range of groups; those from `first_single` on are single tokens.
+struct Wave {
+    index_t first, first_single, last;
+};
+
 /// Groups of one direction. Each token is active in at most one group of a wave; waves run one after the other.
 struct Direction {
     std::vector<DeviceGroup> groups;
     std::vector<Segment> segments;
-    std::vector<std::pair<index_t, index_t>> waves;  // ranges of groups
-    bool complete = false;                           // one wave covers all tokens
+    std::vector<Wave> waves;
+    bool complete = false;  // one wave covers all tokens
     DeviceArray<DeviceGroup> device_groups;
     DeviceArray<Segment> device_segments;
 };
@@ -138,8 +143,17 @@ public:
     }
 
 private:
+    /// A list of at most `most_single` tokens that see sequences longer than `short_others` is worked on token by token: as groups it would keep one or
+    /// two blocks busy with long walks while all other multiprocessors wait. Longer lists fill groups enough of their own.
+    static constexpr index_t most_single = 128, short_others = 4 * side;
+
+    struct Key {
+        offset_t list;          // -1: consecutive tokens
+        index_t length, chunk;  // tokens in a chunk: `side`, or 1
+        friend auto operator<=>(const Key&, const Key&) = default;
+    };
     struct Entry {
-        std::pair<offset_t, index_t> group;  // list (-1: consecutive tokens), chunk
+        Key group;
         Segment segment;
         std::uint64_t active;
     };
@@ -149,15 +163,16 @@ private:
         for (std::size_t t = 0; t < tiles.size(); ++t) {
             const Tile& tile = plan.tiles()[t];
             const offset_t list = transposed ? tiles[t].key_list : tiles[t].row_list;
-            const IndexSequence& own = transposed ? tile.keys : tile.rows;
+            const IndexSequence &own = transposed ? tile.keys : tile.rows, &others = transposed ? tile.rows : tile.keys;
             if (own.empty()) continue;
+            const index_t length = list >= 0 && own.size() <= most_single && others.size() > short_others ? 1 : side;
             // Chunks of consecutive tokens lie at multiples of `side`, so that tiles of the same tokens meet in one group.
-            const index_t base = list < 0 ? own.front() : 0, first = base / side, last = (base + own.size() - 1) / side;
+            const index_t base = list < 0 ? own.front() : 0, first = base / length, last = (base + own.size() - 1) / length;
             std::vector<Entry> made(static_cast<std::size_t>(last - first + 1));
             for (index_t chunk = first; chunk <= last; ++chunk)
-                made[static_cast<std::size_t>(chunk - first)] = {{list, chunk}, {static_cast<index_t>(t), chunk * side - base, std::numeric_limits<index_t>::max(), 0, 0, 0}, 0};
-            if (transposed) fill_columns(tile, base, first, made);
-            else fill_rows(tile, made);
+                made[static_cast<std::size_t>(chunk - first)] = {{list, length, chunk}, {static_cast<index_t>(t), chunk * length - base, std::numeric_limits<index_t>::max(), 0, 0, 0}, 0};
+            if (transposed) fill_columns(tile, length, base, first, made);
+            else fill_rows(tile, length, made);
             for (Entry& entry : made)
                 if (entry.active) {
                     if (!tile.excluded.empty()) entry.segment.full_begin = entry.segment.full_end = 0;
@@ -165,18 +180,18 @@ private:
                 }
         }
         std::stable_sort(entries.begin(), entries.end(), [](const Entry& a, const Entry& b) { return a.group < b.group; });
-        std::vector<std::pair<index_t, DeviceGroup>> groups;  // by wave
+        std::vector<std::pair<std::pair<index_t, bool>, DeviceGroup>> groups;  // by wave, single tokens last
         std::vector<index_t> waves_of(static_cast<std::size_t>(tokens), 0);
         index_t most = 0;
         for (std::size_t at = 0; at < entries.size();) {
-            const auto key = entries[at].group;
+            const Key key = entries[at].group;
             std::size_t end = at;
             std::uint64_t active = 0;
             for (; end < entries.size() && entries[end].group == key; ++end) active |= entries[end].active;
             const Tile& tile = plan.tiles()[static_cast<std::size_t>(entries[at].segment.tile)];
             const IndexSequence& own = transposed ? tile.keys : tile.rows;
-            const index_t count = std::min<index_t>(side, (key.first < 0 ? tokens : own.size()) - key.second * side);
-            DeviceGroup group{key.first < 0 ? key.second * side : own[key.second * side], count, key.first < 0 ? -1 : key.first + key.second * side,
+            const index_t begin = key.chunk * key.length, count = std::min(key.length, (key.list < 0 ? tokens : own.size()) - begin);
+            DeviceGroup group{key.list < 0 ? begin : own[begin], count, key.list < 0 ? -1 : key.list + begin,
                               static_cast<index_t>(direction.segments.size()), 0, active};
             for (; at < end; ++at) {
                 Segment segment = entries[at].segment;
@@ -186,19 +201,21 @@ private:
             group.last_segment = static_cast<index_t>(direction.segments.size());
             const auto for_each_active = [&](auto&& f) {
                 for (index_t s = 0; s < count; ++s)
-                    if (active >> s & 1) f(waves_of[static_cast<std::size_t>(key.first < 0 ? group.first + s : own[key.second * side + s])]);
+                    if (active >> s & 1) f(waves_of[static_cast<std::size_t>(key.list < 0 ? begin + s : own[begin + s])]);
             };
             index_t wave = 0;
             for_each_active([&](index_t known) { wave = std::max(wave, known); });
             for_each_active([&](index_t& known) { known = wave + 1; });
             most = std::max(most, wave + 1);
-            groups.emplace_back(wave, group);
+            groups.emplace_back(std::pair{wave, key.length == 1}, group);
         }
         std::stable_sort(groups.begin(), groups.end(), [](const auto& a, const auto& b) { return a.first < b.first; });
-        for (const auto& [wave, group] : groups) {
-            if (static_cast<index_t>(direction.waves.size()) <= wave) direction.waves.emplace_back(static_cast<index_t>(direction.groups.size()), 0);
+        for (const auto& [place, group] : groups) {
+            const auto at = static_cast<index_t>(direction.groups.size());
+            if (static_cast<index_t>(direction.waves.size()) <= place.first) direction.waves.push_back({at, at, at});
             direction.groups.push_back(group);
-            direction.waves.back().second = static_cast<index_t>(direction.groups.size());
+            direction.waves.back().last = at + 1;
+            if (!place.second) direction.waves.back().first_single = at + 1;
         }
         direction.complete = most <= 1 && std::find(waves_of.begin(), waves_of.end(), 0) == waves_of.end();
         direction.device_groups = DeviceArray<DeviceGroup>(direction.groups);
@@ -206,11 +223,11 @@ private:
     }
 
     /// Own tokens are the tile's rows.
-    static void fill_rows(const Tile& tile, std::vector<Entry>& made) {
+    static void fill_rows(const Tile& tile, index_t length, std::vector<Entry>& made) {
         for (Entry& entry : made) {
             Segment& segment = entry.segment;
             Bounds full{0, tile.keys.size()};
-            for (index_t s = 0; s < side; ++s) {
+            for (index_t s = 0; s < length; ++s) {
                 const index_t r = segment.own + s;
                 if (r < 0 || r >= tile.rows.size() || tile.row_count(r) == 0) continue;
                 const Bounds range = tile.row_bounds(r);
@@ -226,18 +243,18 @@ private:
         }
     }
     /// Own tokens are the tile's keys.
-    static void fill_columns(const Tile& tile, index_t base, index_t first_chunk, std::vector<Entry>& made) {
+    static void fill_columns(const Tile& tile, index_t length, index_t base, index_t first_chunk, std::vector<Entry>& made) {
         std::vector<index_t> starts(static_cast<std::size_t>(tile.keys.size()) + 1, 0);
         for (index_t r = 0; r < tile.rows.size(); ++r) {
             const Bounds range = tile.row_bounds(r);
             if (range.empty()) continue;
             ++starts[static_cast<std::size_t>(range.begin)];
             --starts[static_cast<std::size_t>(range.end)];
-            for (index_t chunk = (range.begin + base) / side; chunk <= (range.end - 1 + base) / side; ++chunk) {
+            for (index_t chunk = (range.begin + base) / length; chunk <= (range.end - 1 + base) / length; ++chunk) {
                 Segment& segment = made[static_cast<std::size_t>(chunk - first_chunk)].segment;
                 segment.begin = std::min(segment.begin, r);
                 segment.end = r + 1;
-                const bool covers = range.begin <= std::max(segment.own, 0) && range.end >= std::min(segment.own + side, tile.keys.size());
+                const bool covers = range.begin <= std::max(segment.own, 0) && range.end >= std::min(segment.own + length, tile.keys.size());
                 if (!covers) continue;
                 if (segment.full_end == r && segment.full_end > segment.full_begin) segment.full_end = r + 1;
                 else if (segment.full_end == segment.full_begin) {
@@ -253,7 +270,7 @@ private:
             const index_t key = tile.keys[c];
             while (skip != tile.excluded.end() && *skip < key) ++skip;
             if (seen == 0 || (skip != tile.excluded.end() && *skip == key)) continue;
-            Entry& entry = made[static_cast<std::size_t>((c + base) / side - first_chunk)];
+            Entry& entry = made[static_cast<std::size_t>((c + base) / length - first_chunk)];
             entry.active |= std::uint64_t{1} << (c - entry.segment.own);
         }
     }

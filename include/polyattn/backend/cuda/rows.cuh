@@ -35,7 +35,7 @@ __global__ void pack_rows(StridedRows<T> from, T* to, index_t columns, offset_t 
     if (at >= count) return;
     const auto c = static_cast<index_t>(at % columns);
     const offset_t row = at / columns, head = row / from.tokens;
-    to[at] = c < from.columns ? from.data[head / from.heads * from.batch_stride + head % from.heads * from.head_stride + row % from.tokens * from.row_stride + c * from.column_stride] : T(0);
+    to[at] = c < from.columns ? from.data[head / from.heads * from.batch_stride + head % from.heads * from.head_stride + row % from.tokens * from.row_stride + c * from.column_stride] : T{};
 }
 
 /// [items][tokens][columns], contiguous, one head for each of `heads` query heads.
@@ -93,18 +93,40 @@ __global__ void __launch_bounds__(128) finish_rows(const __grid_constant__ Rows<
     }
 }
 
-template <class T>
-__global__ void natural_logarithms(const T* from, T* to, offset_t count) {
-    const offset_t at = offset_t{blockIdx.x} * blockDim.x + threadIdx.x;
-    if (at < count) to[at] = from[at] * log_of_2<T>;
-}
-
 /// f(first item, items) for as many items as a grid has room for.
 template <class F>
 void for_each_grid(index_t first, index_t last, F&& f) {
     constexpr index_t most = 65535;
     for (; first < last; first += most) f(first, static_cast<unsigned>(std::min(most, last - first)));
 }
+
+/// out = finish(sum over the heads of a group).
+template <class T>
+void finish_heads(const Rows<T>& from, index_t group, const TensorView<T>& out, Lengths lengths, Finish<T> finish, cudaStream_t stream) {
+    set_target(finish, out);
+    if (out.size() == 0) return;
+    for_each_grid(0, out.batch() * out.heads(), [&](index_t item, unsigned count) {
+        launch("finish_rows", finish_rows<T>, dim3(blocks_for(out.tokens(), 4), count), 128, 0, stream, from, group, out.tokens(), out.heads(), item, lengths, finish);
+    });
+}
+
+template <class T>
+__global__ void natural_logarithms(const T* from, T* to, offset_t count) {
+    const offset_t at = offset_t{blockIdx.x} * blockDim.x + threadIdx.x;
+    if (at < count) to[at] = from[at] * log_of_2<T>;
+}
+
+/// What an operator is told of a call.
+template <class T>
+struct OperatorCall {
+    Rows<T> q, k;
+    index_t batch, heads, key_heads, queries, keys, dim, columns;  // columns: of the values, padded
+    Lengths query_lengths, key_lengths;
+    DropoutMask dropout;
+    cudaStream_t stream;
+    index_t items() const { return batch * heads; }
+    index_t group() const { return key_heads == 0 ? 1 : heads / key_heads; }
+};
 
 }  // namespace detail::cuda
 

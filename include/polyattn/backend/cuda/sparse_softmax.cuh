@@ -13,23 +13,24 @@ namespace detail::cuda {
 /// What both kinds of kernels need of A. Scores are in units of log 2.
 template <class T, class Bias>
 struct Operator {
+    using Number = arithmetic_t<T>;
     Rows<T> q, k;
-    index_t dim;  // padded
-    T scale;      // log2(e) / sqrt(d)
+    index_t dim;   // padded
+    Number scale;  // log2(e) / sqrt(d)
     Bias bias;
     DropoutMask dropout;
     Lengths query_lengths, key_lengths;
     index_t queries, keys;
     index_t first_item;  // of the launch
-    T* logsumexp;        // [item][queries]
+    Number* logsumexp;   // [item][queries]
 
-    __device__ T score(T dot, index_t item, index_t query, index_t key) const {
-        T s = dot * scale;
-        if constexpr (!std::is_same_v<Bias, NoBias>) s += static_cast<T>(bias(item / q.heads, item % q.heads, query, key)) * log2_of_e<T>;
+    __device__ Number score(Number dot, index_t item, index_t query, index_t key) const {
+        Number s = dot * scale;
+        if constexpr (!std::is_same_v<Bias, NoBias>) s += static_cast<Number>(bias(item / q.heads, item % q.heads, query, key)) * log2_of_e<Number>;
         return s;
     }
     /// What a weight is multiplied with.
-    __device__ T mask(index_t item, index_t query, index_t key) const { return static_cast<T>(dropout.of_item(item).weight(query, key)); }
+    __device__ Number mask(index_t item, index_t query, index_t key) const { return static_cast<Number>(dropout.of_item(item).weight(query, key)); }
 };
 
 /// What is subtracted from a row's scores: of a row without keys infinity, so that its weights are 0.
@@ -49,8 +50,8 @@ struct TileArguments {
     bool online;        // logsumexp is not known yet
     bool continues;     // highest, sum and partial hold what came before
     bool begins_state;  // highest and sum do, partial does not
-    T *highest, *sum;   // [item][queries]
-    T* partial;         // [item][own tokens][value_columns]; null: rows are finished here
+    arithmetic_t<T> *highest, *sum;  // [item][queries]
+    arithmetic_t<T>* partial;        // [item][own tokens][value_columns]; null: rows are finished here
     bool stores_state;
     Finish<T> finish;
 };
@@ -207,78 +208,126 @@ __global__ void __launch_bounds__(tile_threads, 2) apply_tiles(const __grid_cons
             if (panel + c < a.value_columns) store_vector(a.partial + row * a.value_columns + panel + c, value);
             return;
         }
-        bool alive = token < own_length;
-        if (!Transposed && alive) alive = a.online ? totals[slot] != 0 : !is_empty(op.logsumexp[row]);
-        a.finish.store(item, token, panel + c, value, alive);
+        const bool valid = token < own_length;
+        // Padded keys give nothing, but their rows may have teleports to finish with.
+        if (Transposed) a.finish.store(item, token, panel + c, valid ? value : Vector<T>{}, true);
+        else a.finish.store(item, token, panel + c, value, valid && (a.online ? totals[slot] != 0 : !is_empty(op.logsumexp[row])));
     });
 }
 
 inline constexpr index_t no_token = 0x7fffffff;
-inline constexpr int edge_warps = 4, edge_threads = 32 * edge_warps, edge_lanes = 16;  // half a warp reads a row
-
-/// Sum over the half of a warp that reads one row, in all its threads.
+inline constexpr int edge_warps = 4, edge_threads = 32 * edge_warps;
+/// Blocks that a multiprocessor should hold: leaves each thread the registers that it needs.
 template <class T>
-__device__ T sum_of_half(T value) {
-    return sum_of_row(value);
-}
+inline constexpr int edge_blocks = sizeof(T) == 8 ? 3 : 4;
+
+/// How a warp walks over 32 edges of a row: eight threads read a row of 16 vectors, two each, so four edges at a time, in eight steps.
+template <class T>
+struct EdgeWalk {
+    using Number = arithmetic_t<T>;
+    static constexpr int vector = 16 / sizeof(T), lanes = 8, rows = 32 / lanes, steps = 32 / rows, width = 2 * lanes * vector;
+
+    const int lane = static_cast<int>(threadIdx.x) % 32, row = lane / lanes, part = lane % lanes * vector;
+
+    /// This thread's two vectors of a row, columns [panel, panel + width) of `columns`.
+    template <bool checked>
+    __device__ void load(Vector<T> (&to)[2], const T* from, index_t panel, index_t columns) const {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            const index_t column = panel + part + i * lanes * vector;
+            if (!checked || column < columns) to[i] = load_vector(from + column);
+            else to[i] = {};
+        }
+    }
+    /// f(step, other, two vectors of the other's row) for the first `count` edges. `to` is each thread's edge's token.
+    template <class F>
+    __device__ void for_each(index_t to, int count, const T* values, std::ptrdiff_t stride, index_t panel, index_t columns, F&& f) const {
+        if (count == 32 && panel + width <= columns) {
+#pragma unroll
+            for (int s = 0; s < steps; ++s) {
+                Vector<T> value[2];
+                load<false>(value, values + __shfl_sync(~0u, to, s * rows + row) * stride, panel, columns);
+                f(s, value);
+            }
+            return;
+        }
+#pragma unroll
+        for (int s = 0; s < steps; ++s) {
+            if (s * rows >= count) break;
+            const index_t j = __shfl_sync(~0u, to, s * rows + row);
+            Vector<T> value[2] = {};
+            if (s * rows + row < count) load<true>(value, values + j * stride, panel, columns);
+            f(s, value);
+        }
+    }
+    static __device__ void add_product(Number& dot, const Vector<T> (&x)[2], const Vector<T> (&y)[2]) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i)
+#pragma unroll
+            for (int l = 0; l < vector; ++l) dot += x[i].at[l] * y[i].at[l];
+    }
+    /// Each thread's edge's sum over the eight threads that hold parts of it: halves are exchanged, so that few shuffles serve all 32 edges.
+    __device__ Number collect(Number (&dot)[steps]) const {
+#pragma unroll
+        for (int width = steps / 2; width > 0; width /= 2)
+#pragma unroll
+            for (int i = 0; i < width; ++i) {
+                const bool upper = (lane & width) != 0;
+                const Number keep = upper ? dot[i + width] : dot[i], send = upper ? dot[i] : dot[i + width];
+                dot[i] = keep + __shfl_xor_sync(~0u, send, width);
+            }
+        return __shfl_sync(~0u, dot[0], lane % rows * lanes + lane / rows);
+    }
+};
 
 template <class T, class Bias>
 struct ScoreArguments {
     Operator<T, Bias> op;
     EdgeView edges;
     offset_t edge_count;
-    bool online;        // scores, and highest and sum of each row; else weights
-    T* weights;         // [item][edges]
-    T *highest, *sum;   // [item][queries]
+    bool online;                     // scores, and highest and sum of each row; else weights
+    arithmetic_t<T>* weights;        // [item][edges]
+    arithmetic_t<T> *highest, *sum;  // [item][queries]
 };
 
-/// Scores of the edges, one row a warp, two edges at a time.
+/// Scores of the edges, one row a warp.
 template <class T, class Bias>
-__global__ void __launch_bounds__(edge_threads, 4) score_edges(const __grid_constant__ ScoreArguments<T, Bias> a) {
-    constexpr int vector = 16 / sizeof(T);
-    extern __shared__ __align__(16) unsigned char memory[];
-    __shared__ typename cub::WarpReduce<T>::TempStorage reduction[edge_warps];
+__global__ void __launch_bounds__(edge_threads, edge_blocks<T>) score_edges(const __grid_constant__ ScoreArguments<T, Bias> a) {
+    using Number = arithmetic_t<T>;
+    using Walk = EdgeWalk<T>;
+    __shared__ typename cub::WarpReduce<Number>::TempStorage reduction[edge_warps];
     const Operator<T, Bias>& op = a.op;
-    const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32, half = lane / edge_lanes, part = lane % edge_lanes * vector;
+    const Walk walk;
+    const int warp = static_cast<int>(threadIdx.x) / 32, lane = walk.lane;
     const index_t query = static_cast<index_t>(blockIdx.x) * edge_warps + warp, item = op.first_item + static_cast<index_t>(blockIdx.y), b = item / op.q.heads;
     if (query >= op.queries) return;
-    T* const q = reinterpret_cast<T*>(memory) + warp * op.dim;
-    for (index_t c = lane * vector; c < op.dim; c += 32 * vector) store_vector(q + c, load_vector(op.q.head(item) + query * op.q.row_stride + c));
-    __syncwarp();
-    const T* const k = op.k.head(item);
+    const T *const q = op.q.head(item) + query * op.q.row_stride, *const k = op.k.head(item);
     const offset_t row = offset_t{item} * op.queries + query, begin = a.edges.offsets[query], end = a.edges.offsets[query + 1];
     const index_t key_length = query < op.query_lengths(b) ? op.key_lengths(b) : 0;
-    T* const weights = a.weights + offset_t{item} * a.edge_count;
-    const T reference = a.online ? T(0) : reference_of(op.logsumexp[row]);
-    T highest = lowest<T>(), total = 0;
+    Number* const weights = a.weights + offset_t{item} * a.edge_count;
+    const Number reference = a.online ? Number(0) : reference_of(op.logsumexp[row]);
+    Number highest = lowest<Number>(), total = 0;
+    Vector<T> x[2];
+    walk.template load<true>(x, q, 0, op.dim);
     for (offset_t first = begin; first < end; first += 32) {
         const index_t key = first + lane < end ? a.edges.to[first + lane] : op.keys;
         const int count = __popc(__ballot_sync(~0u, key < key_length));  // keys ascend
-        T mine = 0;
-#pragma unroll 4
-        for (int s = 0; s < count; s += 2) {
-            const index_t j = __shfl_sync(~0u, key, s + half);
-            T dot = 0;
-            if (s + half < count)
-                for (index_t c = part; c < op.dim; c += edge_lanes * vector) {
-                    const Vector<T> x = load_vector(q + c), y = load_vector(k + j * op.k.row_stride + c);
-#pragma unroll
-                    for (int l = 0; l < vector; ++l) dot += x.at[l] * y.at[l];
-                }
-            dot = sum_of_half(dot);
-            const T other = __shfl_xor_sync(~0u, dot, edge_lanes);
-            if (lane / 2 == s / 2) mine = lane % 2 == half ? dot : other;
-        }
         if (count == 0) break;
-        T score = lane < count ? op.score(mine, item, query, key) : minus_infinity<T>();
+        Number dot[Walk::steps] = {};
+        for (index_t panel = 0; panel < op.dim; panel += Walk::width) {
+            if (op.dim > Walk::width) walk.template load<true>(x, q, panel, op.dim);
+            walk.for_each(key, count, k, op.k.row_stride, panel, op.dim, [&](int s, const Vector<T>(&y)[2]) { Walk::add_product(dot[s], x, y); });
+        }
+        const Number mine = walk.collect(dot);
+        Number score = lane < count ? op.score(mine, item, query, key) : minus_infinity<Number>();
         if (a.online) {
-            const T most = __shfl_sync(~0u, cub::WarpReduce<T>(reduction[warp]).Reduce(score, [](T x, T y) { return y > x ? y : x; }), 0);
+            const Number most = __shfl_sync(~0u, cub::WarpReduce<Number>(reduction[warp]).Reduce(score, [](Number x, Number y) { return y > x ? y : x; }), 0);
             __syncwarp();
             if (most > highest) {
                 total *= exp_base2(highest - most);
                 highest = most;
             }
-            total += __shfl_sync(~0u, cub::WarpReduce<T>(reduction[warp]).Sum(exp_base2(score - highest)), 0);
+            total += __shfl_sync(~0u, cub::WarpReduce<Number>(reduction[warp]).Sum(exp_base2(score - highest)), 0);
             __syncwarp();
         } else score = exp_base2(score - reference);
         if (lane < count) weights[first + lane] = score;
@@ -292,79 +341,88 @@ __global__ void __launch_bounds__(edge_threads, 4) score_edges(const __grid_cons
 
 template <class T>
 struct EdgeArguments {
+    using Number = arithmetic_t<T>;
     EdgeView edges;
     offset_t edge_count;
-    T* weights;  // [item][edges]
-    bool masks;  // weights are those of A: dropout applies
+    Number* weights;  // [item][edges]
+    bool masks;       // weights are those of A: dropout applies
     bool transposed;
     DropoutMask dropout;
     Lengths own_lengths, other_lengths;
     index_t own, heads, first_item;
     Rows<T> values;
     index_t value_columns;
-    bool online;               // weights are scores yet; the row's logsumexp comes from highest and sum
-    const T *highest, *sum;    // [item][own]
-    T* logsumexp;              // [item][own]; null: no row is empty
-    const T* partial;          // [item][own][value_columns]: what tiles made of the row; null for nothing
+    bool online;                  // weights are scores yet; the row's logsumexp comes from highest and sum
+    const Number *highest, *sum;  // [item][own]
+    Number* logsumexp;            // [item][own]; null: no row is empty
+    const Number* partial;        // [item][own][value_columns]: what tiles made of the row; null for nothing
     Finish<T> finish;
 };
 
-/// sum += weights of the edges x rows of values, one row a warp, two edges at a time; finishes the row.
+/// sum += weights of the edges x rows of values, one row a warp; finishes the row.
 template <class T>
-__global__ void __launch_bounds__(edge_threads, 4) apply_edges(const __grid_constant__ EdgeArguments<T> a) {
-    constexpr int vector = 16 / sizeof(T);
-    const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32, half = lane / edge_lanes, part = lane % edge_lanes * vector;
+__global__ void __launch_bounds__(edge_threads, edge_blocks<T>) apply_edges(const __grid_constant__ EdgeArguments<T> a) {
+    using Number = arithmetic_t<T>;
+    using Walk = EdgeWalk<T>;
+    const Walk walk;
+    const int warp = static_cast<int>(threadIdx.x) / 32, lane = walk.lane;
     const index_t own = static_cast<index_t>(blockIdx.x) * edge_warps + warp, item = a.first_item + static_cast<index_t>(blockIdx.y), b = item / a.heads;
     if (own >= a.own) return;
     const offset_t row = offset_t{item} * a.own + own, begin = a.edges.offsets[own], end = a.edges.offsets[own + 1];
     const bool valid = own < a.own_lengths(b);
     const index_t other_length = valid ? a.other_lengths(b) : 0;
-    T* const weights = a.weights + offset_t{item} * a.edge_count;
+    Number* const weights = a.weights + offset_t{item} * a.edge_count;
     const T* const values = a.values.head(item);
-    bool alive = valid;
-    T logsumexp = 0, of_tiles = 1;
+    bool alive = valid || a.transposed;  // padded keys give nothing, but may have teleports to finish with
+    Number logsumexp = 0, of_tiles = 1;
     if (a.online) {
-        const T total = a.sum[row];
+        const Number total = a.sum[row];
         alive = valid && total != 0;
-        of_tiles = alive ? T(1) / total : T(0);
-        logsumexp = alive ? a.highest[row] + log_base2(total) : minus_infinity<T>();
+        of_tiles = alive ? Number(1) / total : Number(0);
+        logsumexp = alive ? a.highest[row] + log_base2(total) : minus_infinity<Number>();
         if (lane == 0) a.logsumexp[row] = logsumexp;
     } else if (a.logsumexp) alive = valid && !is_empty(a.logsumexp[row]);
-    for (index_t panel = 0; panel < a.value_columns; panel += edge_lanes * vector) {
-        const index_t column = panel + part;
-        Vector<T> sum{};
+    for (index_t panel = 0; panel < a.value_columns; panel += Walk::width) {
+        Vector<T> sum[2] = {};
         for (offset_t first = begin; first < end; first += 32) {
             const index_t to = first + lane < end ? a.edges.to[first + lane] : no_token;
             const int count = __popc(__ballot_sync(~0u, to < other_length));  // tokens ascend
             if (count == 0) break;
-            T weight = 0;
+            Number weight = 0;
             if (lane < count) {
-                T& stored = weights[a.edges.index ? a.edges.index[first + lane] : first + lane];
+                Number& stored = weights[a.edges.index ? a.edges.index[first + lane] : first + lane];
                 weight = stored;
-                if (a.online && panel == 0) stored = weight = alive ? exp_base2(weight - logsumexp) : T(0);
-                if (a.masks && a.dropout.drops_weights()) weight *= static_cast<T>(a.dropout.of_item(item).weight(a.transposed ? to : own, a.transposed ? own : to));
+                if (a.online && panel == 0) stored = weight = alive ? exp_base2(weight - logsumexp) : Number(0);
+                if (a.masks && a.dropout.drops_weights()) weight *= static_cast<Number>(a.dropout.of_item(item).weight(a.transposed ? to : own, a.transposed ? own : to));
             }
-#pragma unroll 4
-            for (int s = 0; s < count; s += 2) {
-                const index_t j = __shfl_sync(~0u, to, s + half);
-                const T w = __shfl_sync(~0u, weight, s + half);
-                if (s + half < count && column < a.value_columns) {
-                    const Vector<T> value = load_vector(values + j * a.values.row_stride + column);
+            walk.for_each(to, count, values, a.values.row_stride, panel, a.value_columns, [&](int s, const Vector<T>(&value)[2]) {
+                const Number w = __shfl_sync(~0u, weight, s * Walk::rows + walk.row);
 #pragma unroll
-                    for (int l = 0; l < vector; ++l) sum.at[l] += w * value.at[l];
-                }
-            }
+                for (int i = 0; i < 2; ++i)
+#pragma unroll
+                    for (int l = 0; l < Walk::vector; ++l) sum[i].at[l] += w * value[i].at[l];
+            });
             if (count < 32) break;
         }
 #pragma unroll
-        for (int l = 0; l < vector; ++l) sum.at[l] += __shfl_xor_sync(~0u, sum.at[l], edge_lanes);
-        if (half == 1 || column >= a.value_columns) continue;
-        if (a.partial) {
-            const Vector<T> before = load_vector(a.partial + row * a.value_columns + column);
+        for (int i = 0; i < 2; ++i)
 #pragma unroll
-            for (int l = 0; l < vector; ++l) sum.at[l] += before.at[l] * of_tiles;
+            for (int l = 0; l < Walk::vector; ++l) {
+                sum[i].at[l] += __shfl_xor_sync(~0u, sum[i].at[l], Walk::lanes);
+                sum[i].at[l] += __shfl_xor_sync(~0u, sum[i].at[l], 2 * Walk::lanes);
+            }
+        // The first two rows of threads store one vector each.
+        const index_t column = panel + walk.part + walk.row * Walk::lanes * Walk::vector;
+        if (walk.row > 1 || column >= a.value_columns) continue;
+        Vector<T> value;
+#pragma unroll
+        for (int l = 0; l < Walk::vector; ++l) value.at[l] = walk.row == 0 ? sum[0].at[l] : sum[1].at[l];
+        if (a.partial && valid) {
+            const Vector<T> before = load_numbers<T>(a.partial + row * a.value_columns + column);
+#pragma unroll
+            for (int l = 0; l < Walk::vector; ++l) value.at[l] += before.at[l] * of_tiles;
         }
-        a.finish.store(item, own, column, sum, alive);
+        a.finish.store(item, own, column, value, alive);
     }
 }
 

@@ -29,7 +29,7 @@ struct HopGradientArguments {
 };
 
 template <class T>
-__global__ void __launch_bounds__(edge_threads, 4) hop_gradient(const __grid_constant__ HopGradientArguments<T> a) {
+__global__ void __launch_bounds__(edge_threads, edge_blocks<T>) hop_gradient(const __grid_constant__ HopGradientArguments<T> a) {
     constexpr int vector = 16 / sizeof(T);
     const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
     const index_t query = static_cast<index_t>(blockIdx.x) * edge_warps + warp, item = a.first_item + static_cast<index_t>(blockIdx.y);
@@ -95,6 +95,7 @@ struct TileGradientArguments {
     Hops<T> hops;
     T* partial;      // [item][own tokens][dim]; null: rows are finished here
     bool continues;  // partial holds what came before
+    bool keeps;      // there is a fourth buffer, which keeps the own rows of q or k, that is, one panel of columns
     Finish<T> finish;
     BiasSums bias_sums;
 };
@@ -106,10 +107,12 @@ __global__ void __launch_bounds__(tile_threads, 2) gradient_tiles(const __grid_c
     extern __shared__ __align__(16) unsigned char memory[];
     T* const own_rows = reinterpret_cast<T*>(memory);
     T* const other_rows = own_rows + S::buffer;  // then dL/dscore
-    T* const summed_rows = other_rows + S::buffer;
+    T* const summed_rows = other_rows + S::buffer;  // the others' rows of k or q, which with one panel are those of the scores as well
+    T* const score_rows = a.keeps ? summed_rows + S::buffer : own_rows;
 
     const Operator<T, Bias>& op = a.op;
     const Hops<T>& hops = a.hops;
+    const bool one_panel = op.dim <= S::width, one_hop = a.keeps && hops.count == 1 && hops.columns <= S::width;
     const DeviceGroup group = a.plan.groups[a.first_group + static_cast<index_t>(blockIdx.x)];
     const index_t item = op.first_item + static_cast<index_t>(blockIdx.y), b = item / op.q.heads, panel = static_cast<index_t>(blockIdx.z) * S::width;
     const Rows<T>&own = Transposed ? op.k : op.q, &other = Transposed ? op.q : op.k;
@@ -134,6 +137,8 @@ __global__ void __launch_bounds__(tile_threads, 2) gradient_tiles(const __grid_c
             for (int c = 0; c < S::values_each; ++c) sum[i][c] = before.at[c];
         }
     }
+    if (a.keeps) load_tile(score_rows, own_head, own.row_stride, own_tokens, 0, group.count, 0, op.dim);
+    if (one_hop) load_tile(own_rows, Transposed ? hops.z_of(item, 0) : hops.h_of(item, 0), Transposed ? hops.z_stride(0) : hops.columns, own_tokens, 0, group.count, 0, hops.columns);
     for (index_t g = group.first_segment; g < group.last_segment; ++g) {
         const Segment segment = a.plan.segments[g];
         const DeviceTile tile = a.plan.tiles[segment.tile];
@@ -142,17 +147,17 @@ __global__ void __launch_bounds__(tile_threads, 2) gradient_tiles(const __grid_c
             T s[S::rows_each][S::columns_each] = {}, d[S::rows_each][S::columns_each] = {};
             bool odd = load_tile(summed_rows, other_head, other.row_stride, mask.others(), begin, segment.end, panel, op.dim);
             for (index_t k = 0; k < op.dim; k += S::width) {
-                load_tile(own_rows, own_head, own.row_stride, own_tokens, 0, group.count, k, op.dim);
-                load_tile(other_rows, other_head, other.row_stride, mask.others(), begin, segment.end, k, op.dim);
+                if (!a.keeps) load_tile(own_rows, own_head, own.row_stride, own_tokens, 0, group.count, k, op.dim);
+                if (!one_panel) load_tile(other_rows, other_head, other.row_stride, mask.others(), begin, segment.end, k, op.dim);
                 odd = __syncthreads_or(odd);
-                multiply_transposed(s, own_rows, other_rows, min(S::width, op.dim - k));
-                __syncthreads();
+                multiply_transposed(s, score_rows, one_panel ? summed_rows : other_rows, min(S::width, op.dim - k));
+                if (!a.keeps || !one_panel) __syncthreads();
             }
             for (int hop = 0; hop < hops.count; ++hop) {
                 const T *const h = hops.h_of(item, hop), *const z = hops.z_of(item, hop);
                 const std::ptrdiff_t z_stride = hops.z_stride(hop);
                 for (index_t c = 0; c < hops.columns; c += S::width) {
-                    load_tile(own_rows, Transposed ? z : h, Transposed ? z_stride : hops.columns, own_tokens, 0, group.count, c, hops.columns);
+                    if (!one_hop) load_tile(own_rows, Transposed ? z : h, Transposed ? z_stride : hops.columns, own_tokens, 0, group.count, c, hops.columns);
                     load_tile(other_rows, Transposed ? h : z, Transposed ? hops.columns : z_stride, mask.others(), begin, segment.end, c, hops.columns);
                     __syncthreads();
                     multiply_transposed(d, own_rows, other_rows, min(S::width, hops.columns - c));
@@ -228,12 +233,13 @@ struct EdgeGradientArguments {
     BiasSums bias_sums;
 };
 
-/// dL/dscore of the edges, one row a warp, two edges at a time.
+/// dL/dscore of the edges, one row a warp.
 template <class T, class Bias>
-__global__ void __launch_bounds__(edge_threads, 4) gradient_edges(const __grid_constant__ EdgeGradientArguments<T, Bias> a) {
-    constexpr int vector = 16 / sizeof(T);
+__global__ void __launch_bounds__(edge_threads, edge_blocks<T>) gradient_edges(const __grid_constant__ EdgeGradientArguments<T, Bias> a) {
+    using Walk = EdgeWalk<T>;
     const Operator<T, Bias>& op = a.op;
-    const int lane = static_cast<int>(threadIdx.x) % 32, half = lane / edge_lanes, part = lane % edge_lanes * vector;
+    const Walk walk;
+    const int lane = walk.lane;
     const index_t query = static_cast<index_t>(blockIdx.x) * edge_warps + static_cast<int>(threadIdx.x) / 32, item = op.first_item + static_cast<index_t>(blockIdx.y), b = item / op.q.heads;
     if (query >= op.queries) return;
     const offset_t begin = a.edges.offsets[query], end = a.edges.offsets[query + 1];
@@ -242,24 +248,17 @@ __global__ void __launch_bounds__(edge_threads, 4) gradient_edges(const __grid_c
     for (offset_t first = begin; first < end; first += 32) {
         const index_t key = first + lane < end ? a.edges.to[first + lane] : op.keys;
         const int count = __popc(__ballot_sync(~0u, key < key_length));
-        T mine = 0;
-#pragma unroll 2
-        for (int s = 0; s < count; s += 2) {
-            const index_t j = __shfl_sync(~0u, key, s + half);
-            T dot = 0;
-            if (s + half < count)
-                for (int hop = 0; hop < a.hops.count; ++hop) {
-                    const T *const h = a.hops.h_of(item, hop) + offset_t{query} * a.hops.columns, *const z = a.hops.z_of(item, hop) + j * a.hops.z_stride(hop);
-                    for (index_t c = part; c < a.hops.columns; c += edge_lanes * vector) {
-                        const Vector<T> x = load_vector(h + c), y = load_vector(z + c);
-#pragma unroll
-                        for (int l = 0; l < vector; ++l) dot += x.at[l] * y.at[l];
-                    }
-                }
-            dot = sum_of_half(dot);
-            const T other = __shfl_xor_sync(~0u, dot, edge_lanes);
-            if (lane / 2 == s / 2) mine = lane % 2 == half ? dot : other;
+        if (count == 0) break;
+        T dot[Walk::steps] = {};
+        for (int hop = 0; hop < a.hops.count; ++hop) {
+            const T *const h = a.hops.h_of(item, hop) + offset_t{query} * a.hops.columns, *const z = a.hops.z_of(item, hop);
+            for (index_t panel = 0; panel < a.hops.columns; panel += Walk::width) {
+                Vector<T> x[2];
+                walk.template load<true>(x, h, panel, a.hops.columns);
+                walk.for_each(key, count, z, a.hops.z_stride(hop), panel, a.hops.columns, [&](int s, const Vector<T>(&y)[2]) { Walk::add_product(dot[s], x, y); });
+            }
         }
+        T mine = walk.collect(dot);
         if (lane < count) {
             const offset_t at = offset_t{item} * a.edge_count + first + lane;
             if (op.dropout.drops_weights()) mine *= op.mask(item, query, key);

@@ -2,6 +2,7 @@
 // What the dense kernels are made of: 128 threads as 8 x 16 work on square tiles of pairs held in shared memory. A thread owns side / 8
 // neighbouring rows and every 16th column of scores, so that all its reads of 16 bytes are free of bank conflicts.
 
+#include <polyattn/backend/cuda/numbers.cuh>
 #include <polyattn/backend/cuda/plan.cuh>
 #include <polyattn/core/dropout.hpp>
 
@@ -14,24 +15,11 @@ inline constexpr int tile_threads = 128;
 /// `side` pairs each way, `width` columns of rows at a time: three buffers fit 64 KB, what the smallest GPUs have.
 template <class T>
 struct TileShape {
-    static constexpr int side = sizeof(T) == 4 ? 64 : 32, width = side;
+    static constexpr int side = sizeof(T) == 8 ? 32 : 64, width = side;
     static constexpr int vector = 16 / sizeof(T);
     static constexpr int rows_each = side / 8, columns_each = side / 16, values_each = width / 16;
     static constexpr int stride = width + vector, buffer = side * stride;
 };
-
-template <class T>
-struct alignas(16) Vector {
-    T at[16 / sizeof(T)];
-};
-template <class T>
-__device__ Vector<T> load_vector(const T* from) {
-    return *reinterpret_cast<const Vector<T>*>(from);
-}
-template <class T>
-__device__ void store_vector(T* to, const Vector<T>& value) {
-    *reinterpret_cast<Vector<T>*>(to) = value;
-}
 
 __device__ inline bool is_not_finite(float value) { return (__float_as_uint(value) >> 23 & 0xff) == 0xff; }
 __device__ inline bool is_not_finite(double value) { return (__double2hiint(value) >> 20 & 0x7ff) == 0x7ff; }
@@ -167,18 +155,24 @@ __device__ T sum_of_row(T value) {
     return value;
 }
 
+/// The slots of own tokens whose pairs a thread holds.
+template <class T>
+struct TileSlots {
+    static constexpr int count = TileShape<T>::rows_each;
+    static __device__ int slot(int i) { return static_cast<int>(threadIdx.x) / 16 * count + i; }
+};
+
 /// Which pairs of a segment exist, for one thread. Positions are those in the tile's sequences; -1 stands for none.
-template <class T, bool Transposed>
+template <class T, bool Transposed, class Slots = TileSlots<T>>
 struct PairMask {
-    using S = TileShape<T>;
 
     __device__ PairMask(const PlanView& plan, const DeviceTile& tile, const Segment& segment, const DeviceGroup& group, Sequence own_tokens, index_t own_length, index_t other_length)
         : bounds_(tile.bounds < 0 ? nullptr : plan.bounds + tile.bounds), excluded_(tile.excluded < 0 ? nullptr : plan.excluded + tile.excluded), keys_(tile.keys),
           others_{Transposed ? tile.first_row : tile.first_key, list_of(plan, Transposed ? tile.row_list : tile.key_list)}, end_(segment.end), other_length_(other_length) {
         const index_t all = Transposed ? tile.keys : tile.rows;
 #pragma unroll
-        for (int i = 0; i < S::rows_each; ++i) {
-            const int slot = static_cast<int>(threadIdx.x) / 16 * S::rows_each + i;
+        for (int i = 0; i < Slots::count; ++i) {
+            const int slot = Slots::slot(i);
             const index_t position = segment.own + slot;
             const bool there = slot < group.count && position >= 0 && position < all && own_tokens[slot] < own_length;
             if constexpr (Transposed) own_[i] = there && !is_excluded(position) ? position : -1;
@@ -205,7 +199,7 @@ struct PairMask {
     }
     /// All pairs of the chunk exist, for the own tokens that are valid.
     __device__ bool is_full(const Segment& segment, index_t begin) const {
-        return begin >= segment.full_begin && begin + S::side <= segment.full_end && others_[begin + S::side - 1] < other_length_;
+        return begin >= segment.full_begin && begin + TileShape<T>::side <= segment.full_end && others_[begin + TileShape<T>::side - 1] < other_length_;
     }
 
 private:
@@ -218,16 +212,27 @@ private:
     index_t keys_;
     Sequence others_;
     index_t end_, other_length_;
-    Bounds range_[S::rows_each];
-    index_t own_[S::rows_each];
+    Bounds range_[Slots::count];
+    index_t own_[Slots::count];
 };
 
-/// Dropout of neighbouring columns, which one Philox block serves.
-template <class T>
-__device__ void value_mask(const DropoutMask& dropout, int hop, index_t row, index_t column, T (&mask)[16 / sizeof(T)]) {
+/// Dropout of neighbouring columns, up to four of which one Philox block serves.
+template <class T, int count>
+__device__ void value_mask(const DropoutMask& dropout, int hop, index_t row, index_t column, T (&mask)[count]) {
+    if constexpr (count > 4) {
+        T first[4], second[4];
+        value_mask(dropout, hop, row, column, first);
+        value_mask(dropout, hop, row, column + 4, second);
 #pragma unroll
-    for (int l = 0; l < static_cast<int>(16 / sizeof(T)); ++l) mask[l] = 1;
-    if (dropout.drops_values()) dropout.values(hop, row, column, mask);
+        for (int l = 0; l < 4; ++l) {
+            mask[l] = first[l];
+            mask[4 + l] = second[l];
+        }
+    } else {
+#pragma unroll
+        for (int l = 0; l < count; ++l) mask[l] = 1;
+        if (dropout.drops_values()) dropout.values(hop, row, column, mask);
+    }
 }
 
 /// Multiplies a tile of weights in shared memory, [others][own], with factor(own slot, other). A loop of its own: Philox, unrolled with the scores, would
@@ -261,8 +266,9 @@ __device__ void for_each_row(T* tile, const T (&sum)[TileShape<T>::rows_each][Ti
 /// What becomes of a finished row: dropout(factor * sum + teleport * values), to a packed tensor and to the caller's.
 template <class T>
 struct Finish {
-    T factor = 1;
-    T teleport = 0;
+    using Number = arithmetic_t<T>;
+    Number factor = 1;
+    Number teleport = 0;
     Rows<T> values{};
     T* packed = nullptr;  // [tokens][packed_columns] of each item
     offset_t packed_stride = 0;
@@ -281,13 +287,13 @@ struct Finish {
         if (column >= packed_columns) return;
         Vector<T> v{};
         if (teleport != 0) v = load_vector(values.head(item) + token * values.row_stride + column);
-        T mask[vector];
+        Number mask[vector];
         value_mask(dropout.of_item(item), hop, token, column, mask);
 #pragma unroll
         for (int l = 0; l < vector; ++l) {
-            T value = factor * sum.at[l];
+            Number value = factor * sum.at[l];
             if (teleport != 0) value += teleport * v.at[l];
-            sum.at[l] = alive && column + l < columns ? value * mask[l] : T(0);
+            sum.at[l] = alive && column + l < columns ? value * mask[l] : Number(0);
         }
         if (packed) store_vector(packed + item * packed_stride + offset_t{token} * packed_columns + column, sum);
         if (!out) return;
@@ -302,7 +308,7 @@ struct Finish {
         } else
 #pragma unroll
             for (int l = 0; l < vector; ++l)
-                if (column + l < columns) to[l * out_column] = accumulate ? to[l * out_column] + sum.at[l] : sum.at[l];
+                if (column + l < columns) to[l * out_column] = narrow<T>(accumulate ? widen(to[l * out_column]) + sum.at[l] : sum.at[l]);
     }
 };
 

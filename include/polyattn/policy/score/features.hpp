@@ -15,17 +15,17 @@ POLYATTN_BEGIN_NAMESPACE
 
 /// phi(x) = max(x, 0), entry by entry; its derivative at 0 is 0. Source: AdaMRA (2021), equation 10.
 struct ReLU {
-    double operator()(double x) const { return x < 0 ? 0 : x; }
-    double derivative(double x) const { return x > 0 ? 1 : 0; }
+    POLYATTN_HOST_DEVICE double operator()(double x) const { return x < 0 ? 0 : x; }
+    POLYATTN_HOST_DEVICE double derivative(double x) const { return x > 0 ? 1 : 0; }
 };
 
 /// phi(x) = x + 1 for x > 0, else e^x. Source: Katharopoulos et al., "Transformers are RNNs" (2020), equation 7.
 struct EluPlusOne {
-    double operator()(double x) const { return x > 0 ? x + 1 : std::exp(x); }
-    double derivative(double x) const { return x > 0 ? 1 : std::exp(x); }
+    POLYATTN_HOST_DEVICE double operator()(double x) const { return x > 0 ? x + 1 : std::exp(x); }
+    POLYATTN_HOST_DEVICE double derivative(double x) const { return x > 0 ? 1 : std::exp(x); }
 };
 
-/// A map of single entries: phi(x) >= 0 and its derivative. Kernels call it entry by entry, or with whole vectors if it has the templates
+/// A map of single entries: phi(x) >= 0 and its derivative (POLYATTN_HOST_DEVICE for the backend Cuda). Kernels call it entry by entry, or with whole vectors if it has the templates
 /// `V vector(V x)` and `V vector_derivative(V x)` for xsimd batches.
 template <class F>
 concept ElementwiseFeatures = std::copy_constructible<F> && requires(const F& map, double x) {
