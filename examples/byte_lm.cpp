@@ -1,8 +1,10 @@
 // A byte-level language model trained with SSA, beside the same model trained densely:
-//   byte_lm [TEXT] [--setting quick|full|tiny] [--folder FOLDER] [--seed N] [--only NAME] [--prompt TEXT]
+//   byte_lm [TEXT] [--setting quick|full|tiny] [--folder FOLDER] [--seed N] [--only NAME] [--prompt TEXT] [--device cpu|cuda]
 // Trains one decoder (ALiBi, GELU, pre-LN, Adam) in many ways on the first nine tenths of every tenth of the text, compares them on the rest,
-// draws loss curves, and writes a little. A run that was stopped goes on from its last checkpoint in FOLDER.
+// draws loss curves, and writes a little. A run that was stopped goes on from its last checkpoint in FOLDER. With --device cuda the trained models'
+// dense passes, evaluation and writing, run on the GPU.
 #include "chart.hpp"
+#include "device.hpp"
 #include "program.hpp"
 
 #include <polyattn/analysis/sampling.hpp>
@@ -30,7 +32,7 @@ namespace {
 using Decoder = nn::LanguageModel<float, Attention<Causal, Alibi>>;
 
 struct Settings {
-    std::string name = "quick", text, only, prompt = "The ";
+    std::string name = "quick", text, only, prompt = "The ", device = "cpu";
     fs::path folder = "byte_lm_runs";
     std::uint64_t seed = 1;
     index_t dim = 96, layers = 4, heads = 4, length = 256, batch = 6;
@@ -74,9 +76,14 @@ Settings parse(int argc, char** argv) {
         else if (argument == "--seed") settings.seed = std::stoull(value());
         else if (argument == "--only") settings.only = value();
         else if (argument == "--prompt") settings.prompt = value();
+        else if (argument == "--device") settings.device = value();
         else if (argument.starts_with("--")) throw std::runtime_error("unknown option " + argument);
         else settings.text = argument;
     }
+    if (settings.device != "cpu" && settings.device != "cuda") throw std::runtime_error("--device is cpu or cuda");
+#if !defined(POLYATTN_EXAMPLES_CUDA)
+    if (settings.device == "cuda") throw std::runtime_error("this build has no CUDA: nvcc was not found");
+#endif
     return settings;
 }
 
@@ -210,10 +217,45 @@ struct Model {
 
 // --- evaluation ---
 
+/// Logits of a text, dense, on the device of the settings.
+class DensePass {
+public:
+    DensePass(const Settings& s, Decoder& decoder) : decoder_(decoder) {
+#if defined(POLYATTN_EXAMPLES_CUDA)
+        if (s.device != "cuda") return;
+        std::vector<device::Parameter> parameters;
+        decoder.for_each_parameter([&](const nn::Parameter<float>& p) { parameters.push_back({p.name, {p.value.shape.begin(), p.value.shape.end()}, p.value.values}); });
+        on_device_ = std::make_unique<device::Decoder>(parameters, s.heads);
+#else
+        (void)s;
+#endif
+    }
+    /// [text, 256], to be changed at will until the next call.
+    MatrixView<float> operator()(std::span<const index_t> text) {
+#if defined(POLYATTN_EXAMPLES_CUDA)
+        if (on_device_) {
+            logits_ = on_device_->logits({text.begin(), text.end()});
+            return {logits_.data(), static_cast<index_t>(text.size()), 256, 256, 1};
+        }
+#endif
+        return decoder_.forward(text, 1, saved_, {.workspace = &workspace_});
+    }
+
+private:
+    Decoder& decoder_;
+    typename Decoder::Saved saved_;
+    Workspace workspace_;
+#if defined(POLYATTN_EXAMPLES_CUDA)
+    std::unique_ptr<device::Decoder> on_device_;
+    std::vector<float> logits_;
+#endif
+};
+
 /// Bits per byte of the held-out text, by windows that overlap by half: of the mean probability over 1, 2, 4, .. `samples` draws.
 std::vector<double> bits_per_byte(const Settings& s, Decoder& decoder, const Corpus& corpus, const nn::PlanSource& plans, int samples) {
     typename Decoder::Saved saved;
     Workspace workspace;
+    DensePass dense(s, decoder);
     std::vector<double> bits;
     double counted = 0;
     index_t windows = 0;
@@ -223,9 +265,10 @@ std::vector<double> bits_per_byte(const Settings& s, Decoder& decoder, const Cor
         nn::SelfEnsemble ensemble;
         std::size_t at = 0;
         for (int sample = 0; sample < samples; ++sample) {
-            const MatrixView<float> p = decoder.forward(text, 1, saved, {.workspace = &workspace, .draw = {.seed = s.seed, .step = static_cast<std::uint32_t>(windows), .sample = static_cast<std::uint32_t>(sample)}, .plans = plans});
+            const MatrixView<float> p = plans ? decoder.forward(text, 1, saved, {.workspace = &workspace, .draw = {.seed = s.seed, .step = static_cast<std::uint32_t>(windows), .sample = static_cast<std::uint32_t>(sample)}, .plans = plans})
+                                              : dense(text);
             nn::softmax_rows(p);
-            ensemble.add(std::span<const float>(saved.logits.values));
+            ensemble.add(std::span<const float>(p.data, text.size() * 256));
             if (std::has_single_bit(static_cast<unsigned>(sample + 1))) {
                 if (at == bits.size()) bits.push_back(0);
                 for (offset_t i = from; i < last; ++i)
@@ -240,14 +283,13 @@ std::vector<double> bits_per_byte(const Settings& s, Decoder& decoder, const Cor
 }
 
 std::string write_text(const Settings& s, Decoder& decoder, index_t bytes) {
-    typename Decoder::Saved saved;
-    Workspace workspace;
+    DensePass dense(s, decoder);
     std::vector<index_t> text;
     for (const char c : s.prompt) text.push_back(static_cast<unsigned char>(c));
     RandomRow random(s.seed, 0, 1001);
     for (index_t i = 0; i < bytes; ++i) {
         const std::size_t length = std::min<std::size_t>(text.size(), static_cast<std::size_t>(s.length));
-        MatrixView<float> p = decoder.forward(std::span<const index_t>(text).last(length), 1, saved, {.workspace = &workspace});
+        const MatrixView<float> p = dense(std::span<const index_t>(text).last(length));
         MatrixView<float> last{p.row(p.rows - 1), 1, 256, 256, 1};
         for (index_t c = 0; c < 256; ++c) last(0, c) /= .8f;  // temperature
         nn::softmax_rows(last);
@@ -277,6 +319,9 @@ int run(const Settings& s) {
         std::cout << describe() << "\n" << (s.text.empty() ? "polyattn's own documents and sources" : s.text) << ": " << corpus.training.size() << " bytes to train on, " << corpus.held_out.size()
                   << " held out; " << nn::parameter_count(model.decoder) << " parameters, " << s.layers << " layers of " << s.dim << ", " << s.steps << " steps of " << s.batch << " x " << s.length
                   << " bytes, seed " << s.seed << "\n";
+#if defined(POLYATTN_EXAMPLES_CUDA)
+        if (s.device == "cuda") std::cout << "Dense evaluation and writing on " << device::name() << "\n";
+#endif
     }
     const auto all = methods(s);
     const auto ensemble = std::find_if(all.begin(), all.end(), [](const Method& m) { return m.name == "SSA-L4"; })->plans;

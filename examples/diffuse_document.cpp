@@ -1,5 +1,6 @@
 // What attention diffusion does to a real text: Diffuser's pattern and its five hops, on words embedded by their letters.
-//   diffuse_document [FILE] [--word WORD] [--pictures FOLDER]
+//   diffuse_document [FILE] [--word WORD] [--pictures FOLDER] [--device cpu|cuda]
+#include "device.hpp"
 #include "png.hpp"
 
 #include <polyattn/analysis/receptive_field.hpp>
@@ -25,7 +26,7 @@ constexpr index_t heads = 4, dim = 64;
 using Heads = xt::xtensor<float, 3>;  // [heads, tokens, dim]
 
 struct Settings {
-    std::string file, word, pictures = ".";
+    std::string file, word, pictures = ".", device = "cpu";
 };
 
 Settings parse(int argc, char** argv) {
@@ -38,9 +39,11 @@ Settings parse(int argc, char** argv) {
         };
         if (argument == "--word") settings.word = value();
         else if (argument == "--pictures") settings.pictures = value();
-        else if (argument.starts_with("--")) throw std::runtime_error("unknown option " + argument + "; diffuse_document [FILE] [--word WORD] [--pictures FOLDER]");
+        else if (argument == "--device") settings.device = value();
+        else if (argument.starts_with("--")) throw std::runtime_error("unknown option " + argument + "; diffuse_document [FILE] [--word WORD] [--pictures FOLDER] [--device cpu|cuda]");
         else settings.file = argument;
     }
+    if (settings.device != "cpu" && settings.device != "cuda") throw std::runtime_error("--device is cpu or cuda");
     return settings;
 }
 
@@ -195,6 +198,9 @@ void run(const Settings& settings) {
     std::string name = settings.file;
     const std::string text = name.empty() ? default_text(name) : read(name);
     const auto words = words_of(text);
+#if !defined(POLYATTN_EXAMPLES_CUDA)
+    if (settings.device == "cuda") throw std::runtime_error("this build has no CUDA: nvcc was not found");
+#endif
     if (words.size() < 2) throw std::runtime_error(name + " has fewer than two words");
     const auto n = static_cast<index_t>(words.size());
     std::cout << describe() << "\n" << name << ": " << n << " words\n" << std::flush;
@@ -251,8 +257,21 @@ void run(const Settings& settings) {
     report("five hops of dense softmax attention", Attention<PPR<5>>{});
     std::printf("  (a stored n x n matrix for each head would take %.1f MB)\n", 4e-6 * heads * n * n);
 
+    Heads out = diffusion(x, x, x);
+#if defined(POLYATTN_EXAMPLES_CUDA)
+    if (settings.device == "cuda") {
+        device::Diffusion on_device(x.data(), heads, static_cast<int>(n), dim);
+        std::printf("On %s:\n", device::name().c_str());
+        for (const bool one : {false, true})
+            std::printf("  %-42s %9.2f ms %9.1f MB\n", one ? "one hop on the sparse pattern" : "diffusion, 5 hops on the sparse pattern", 1e3 * on_device.seconds(one, 2), double(on_device.workspace_bytes(one)) / 1e6);
+        const std::vector<float> values = on_device.run(false);
+        double apart = 0;
+        for (std::size_t i = 0; i < values.size(); ++i) apart = std::max(apart, double(std::abs(values[i] - out.data()[i])));
+        std::printf("  largest difference to the CPU's output: %.2g\n", apart);
+        std::copy(values.begin(), values.end(), out.data());
+    }
+#endif
     const Attention<LocalGlobalRandom, PPR<5>, Reference> reference;
-    const Heads out = diffusion(x, x, x);
     double difference = 0, largest = 0;
     for (std::size_t h = 0; h < heads; ++h) {
         progress("comparing with the double-precision reference: head " + std::to_string(h + 1) + " of " + std::to_string(heads));
