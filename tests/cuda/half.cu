@@ -207,7 +207,7 @@ TEST_CASE("half and bfloat16: every pattern") {
 
 TEST_CASE("half and bfloat16: batches, grouped-query heads, padding and dropout") {
     POLYATTN_RANDOM(random);
-    for (const index_t n : {1, 20, 130}) {
+    for (const index_t n : {1, 20, 290}) {
         Case c{"LocalGlobalRandom", LocalGlobalRandom{.window = 8, .globals = 4, .randoms = 3, .seed = random.seed()}.plan(n, n), PPR<3>{}.recursion(), 72, 40, 3, 4, 2};
         c.options.key_lengths = {n, n / 2, 0};
         check_both(c, random);
