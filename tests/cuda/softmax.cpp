@@ -51,7 +51,7 @@ TEST_CASE("biases and their gradients") {
 
 TEST_CASE("few tokens with long sequences have blocks of their own") {
     POLYATTN_RANDOM(random);
-    const index_t n = 360 + random.below(140), globals = 20;
+    const index_t n = 260 + random.below(60), globals = 12;
     const GlobalTokens some{.count = globals, .seed = random.seed()};
     const LocalGlobalRandom mixed{.window = 16, .globals = globals, .randoms = 4, .seed = random.seed()};
     CHECK(single_tokens(some.plan(n, n), false) == globals);

@@ -217,9 +217,8 @@ __global__ void __launch_bounds__(tile_threads, 2) apply_tiles(const __grid_cons
 
 inline constexpr index_t no_token = 0x7fffffff;
 inline constexpr int edge_warps = 4, edge_threads = 32 * edge_warps;
-/// Blocks that a multiprocessor should hold: leaves each thread the registers that it needs.
-template <class T>
-inline constexpr int edge_blocks = sizeof(T) == 8 ? 3 : 4;
+/// Blocks that a multiprocessor should hold at least: leaves each thread 168 registers, with 128 some architectures spill a few.
+inline constexpr int edge_blocks = 3;
 
 /// How a warp walks over 32 edges of a row: eight threads read a row of 16 vectors, two each, so four edges at a time, in eight steps.
 template <class T>
@@ -292,7 +291,7 @@ struct ScoreArguments {
 
 /// Scores of the edges, one row a warp.
 template <class T, class Bias>
-__global__ void __launch_bounds__(edge_threads, edge_blocks<T>) score_edges(const __grid_constant__ ScoreArguments<T, Bias> a) {
+__global__ void __launch_bounds__(edge_threads, edge_blocks) score_edges(const __grid_constant__ ScoreArguments<T, Bias> a) {
     using Number = arithmetic_t<T>;
     using Walk = EdgeWalk<T>;
     __shared__ typename cub::WarpReduce<Number>::TempStorage reduction[edge_warps];
@@ -361,7 +360,7 @@ struct EdgeArguments {
 
 /// sum += weights of the edges x rows of values, one row a warp; finishes the row.
 template <class T>
-__global__ void __launch_bounds__(edge_threads, edge_blocks<T>) apply_edges(const __grid_constant__ EdgeArguments<T> a) {
+__global__ void __launch_bounds__(edge_threads, edge_blocks) apply_edges(const __grid_constant__ EdgeArguments<T> a) {
     using Number = arithmetic_t<T>;
     using Walk = EdgeWalk<T>;
     const Walk walk;

@@ -29,7 +29,7 @@ struct HopGradientArguments {
 };
 
 template <class T>
-__global__ void __launch_bounds__(edge_threads, edge_blocks<T>) hop_gradient(const __grid_constant__ HopGradientArguments<T> a) {
+__global__ void __launch_bounds__(edge_threads, edge_blocks) hop_gradient(const __grid_constant__ HopGradientArguments<T> a) {
     constexpr int vector = 16 / sizeof(T);
     const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
     const index_t query = static_cast<index_t>(blockIdx.x) * edge_warps + warp, item = a.first_item + static_cast<index_t>(blockIdx.y);
@@ -235,7 +235,7 @@ struct EdgeGradientArguments {
 
 /// dL/dscore of the edges, one row a warp.
 template <class T, class Bias>
-__global__ void __launch_bounds__(edge_threads, edge_blocks<T>) gradient_edges(const __grid_constant__ EdgeGradientArguments<T, Bias> a) {
+__global__ void __launch_bounds__(edge_threads, edge_blocks) gradient_edges(const __grid_constant__ EdgeGradientArguments<T, Bias> a) {
     using Walk = EdgeWalk<T>;
     const Operator<T, Bias>& op = a.op;
     const Walk walk;
