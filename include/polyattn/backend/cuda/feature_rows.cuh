@@ -70,7 +70,7 @@ struct RandomFeatureArguments {
 };
 
 template <class T>
-__global__ void __launch_bounds__(feature_threads) random_features(const __grid_constant__ RandomFeatureArguments<T> a) {
+__global__ void __launch_bounds__(feature_threads, 4) random_features(const __grid_constant__ RandomFeatureArguments<T> a) {
     using Reduce = cub::BlockReduce<T, feature_threads>;
     __shared__ typename Reduce::TempStorage reduction;
     __shared__ T largest_of[feature_block_rows];
