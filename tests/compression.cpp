@@ -1,6 +1,7 @@
 // Compressed keys and values: the papers' numbers, the definition by matrices, gradients of inputs and learned weights, properties, errors.
 #include "support/errors.hpp"
 #include "support/layers.hpp"
+#include "support/padding.hpp"
 #include "support/random.hpp"
 
 #include <polyattn/policy/compression/compression.hpp>
@@ -337,24 +338,11 @@ TEST_CASE("gradients through clusters, which stay as they are") {
 
 TEST_CASE("padding never counts, whatever it holds") {
     POLYATTN_RANDOM(random);
-    const index_t n = 40, valid = 21;
-    const auto x = random.tensor<float>({1, 2, n, 8});
-    auto bad = x;
-    for (index_t h = 0; h < 2; ++h) std::fill(bad.values.begin() + (h * n + valid) * 8, bad.values.begin() + (h + 1) * n * 8, std::numeric_limits<float>::quiet_NaN());
-    const CallOptions options{.key_lengths = {valid}};
-    const auto check = [&](const auto& layer) {
-        const auto a = layer.forward(x.view(), x.view(), x.view(), options), b = layer.forward(bad.view(), bad.view(), bad.view(), options);
-        CHECK(a.out.values == b.out.values);
-        const auto da = layer.backward(a.saved, x.view()), db = layer.backward(b.saved, x.view());
-        CHECK(da.q.values == db.q.values);
-        CHECK(da.k.values == db.k.values);
-        CHECK(da.v.values == db.v.values);
-    };
-    check(Attention<SegmentMeans<4>, Kernel<ReLU>>{});
-    check(Attention<SegmentMeans<4>, PPR<2>>{});
-    check(Attention<SegmentMax<4>>{});
-    check(Attention<KMeans>{KMeans{.clusters = 5}});
-    check(Attention<LinearProjection>{LinearProjection::drawn(n, 5)});
+    check_padding(random, Attention<SegmentMeans<4>, Kernel<ReLU>>{});
+    check_padding(random, Attention<SegmentMeans<4>, PPR<2>>{});
+    check_padding(random, Attention<SegmentMax<4>>{});
+    check_padding(random, Attention<KMeans>{KMeans{.clusters = 5}});
+    check_padding(random, Attention<LinearProjection>{LinearProjection::drawn(40, 5)});
 }
 
 static_assert(!std::is_copy_constructible_v<CompressedSaved<float>> && std::is_move_constructible_v<CompressedSaved<float>>);

@@ -3,8 +3,8 @@
 /// By name beside it: backend/cuda/sampling.cuh (graphs and draws made on the device) and backend/cuda/language_model.cuh.
 
 #include <polyattn/backend/cuda/attention_layer.cuh>
-#include <polyattn/backend/cuda/thrust.cuh>
 #include <polyattn/backend/cuda/compressed_layer.cuh>
+#include <polyattn/backend/cuda/thrust.cuh>
 #include <polyattn/policy/attention.hpp>
 #include <polyattn/policy/diffusion/diffusion.hpp>
 #include <polyattn/policy/pattern/big_bird.hpp>

@@ -2,6 +2,7 @@
 #include "cuda/device_layer.hpp"
 #include "cuda/kernel_scores.hpp"
 #include "support/layers.hpp"
+#include "support/padding.hpp"
 #include "support/random.hpp"
 
 #include <polyattn/policy/compression/compression.hpp>
@@ -201,23 +202,9 @@ TEST_CASE("projection along the tokens") {
 }
 TEST_CASE("padding never counts, whatever it holds") {
     POLYATTN_RANDOM(random);
-    const index_t n = 40, valid = 21;
-    const auto x = random.tensor<float>({1, 2, n, 8});
-    auto bad = x;
-    for (index_t h = 0; h < 2; ++h) std::fill(bad.values.begin() + (h * n + valid) * 8, bad.values.begin() + (h + 1) * n * 8, std::numeric_limits<float>::quiet_NaN());
-    const CallOptions options{.key_lengths = {valid}};
-    const auto check = [&](const auto& layer) {
-        const auto a = layer.forward(x.view(), x.view(), x.view(), options), b = layer.forward(bad.view(), bad.view(), bad.view(), options);
-        CHECK(a.out.values == b.out.values);
-        const auto da = layer.backward(a.saved, x.view()), db = layer.backward(b.saved, x.view());
-        CHECK(da.q.values == db.q.values);
-        CHECK(da.k.values == db.k.values);
-        CHECK(da.v.values == db.v.values);
-        CHECK(da.compression == db.compression);
-    };
-    check(DeviceLayer<NoBias, Softmax, Dense, SegmentMeans<4>>{AnyDiffusion{recursions[1]}});
-    check(DeviceLayer<NoBias, ReluMean, Dense, SegmentMeans<2>>{AnyDiffusion{recursions[0]}});
-    check(DeviceLayer<NoBias, Softmax, Dense, SegmentMax<3>>{AnyDiffusion{recursions[0]}});
-    check(DeviceLayer<NoBias, Softmax, Dense, StridedConvolution>{AnyDiffusion{recursions[1]}, {}, {}, {}, StridedConvolution::means(3)});
-    check(DeviceLayer<NoBias, Softmax, Dense, LinearProjection>{AnyDiffusion{recursions[1]}, {}, {}, {}, LinearProjection::drawn(n, 5)});
+    check_padding(random, DeviceLayer<NoBias, Softmax, Dense, SegmentMeans<4>>{AnyDiffusion{recursions[1]}});
+    check_padding(random, DeviceLayer<NoBias, ReluMean, Dense, SegmentMeans<2>>{AnyDiffusion{recursions[0]}});
+    check_padding(random, DeviceLayer<NoBias, Softmax, Dense, SegmentMax<3>>{AnyDiffusion{recursions[0]}});
+    check_padding(random, DeviceLayer<NoBias, Softmax, Dense, StridedConvolution>{AnyDiffusion{recursions[1]}, {}, {}, {}, StridedConvolution::means(3)});
+    check_padding(random, DeviceLayer<NoBias, Softmax, Dense, LinearProjection>{AnyDiffusion{recursions[1]}, {}, {}, {}, LinearProjection::drawn(40, 5)});
 }

@@ -8,9 +8,7 @@
 //     E_{k+1}[i] = walk sum_j ((A_ij (1 + eps + 2 v) + 2^-25) E_k[j] + (A_ij (eps + 2 v) + 2^-25) M_k[j]) + v M_{k+1}[i] + 4 u' M_{k+1}[i] + 2^-25,
 // and a little more for products of roundings. logsumexp is a float: delta + (keys + 8) u' + 8 u' (|logsumexp| + 14), the reference being up to 14 below
 // the largest score.
-#include "support/any_diffusion.hpp"
-#include "support/patterns.hpp"
-#include "support/random.hpp"
+#include "support/cases.hpp"
 
 #include <polyattn/backend/reference/attention.hpp>
 #include <polyattn/policy/bias/bias.hpp>
@@ -68,16 +66,6 @@ bool is_supported() {
     REQUIRE(cudaFuncGetAttributes(&attributes, detail::cuda::apply_tiles_half<T, NoBias>) == cudaSuccess);
     return std::is_same_v<T, __half> || attributes.ptxVersion >= 80;
 }
-
-struct Case {
-    std::string name;
-    Plan plan;
-    Recursion recursion;
-    index_t d, e;
-    index_t batch = 1, heads = 1, key_heads = 1;
-    CudaOptions options = {};
-    double scale = 1;
-};
 
 struct Bounded {
     std::vector<double> z, magnitude, error;
@@ -146,7 +134,8 @@ void check_case(const Case& c, Random& random, const Bias& bias = {}) {
     const auto q = rounded<T>(random, {c.batch, c.heads, queries, c.d}, c.scale), k = rounded<T>(random, {c.batch, c.key_heads, keys, c.d}), v = rounded<T>(random, {c.batch, c.key_heads, keys, c.e});
     const auto q2 = widened(q), k2 = widened(k), v2 = widened(v);
     const Attention<AnyDiffusion, Bias, Cuda> attention{AnyDiffusion{c.recursion}, bias};
-    CudaOptions options = c.options;
+    CudaOptions options;
+    static_cast<CallOptions&>(options) = c.options;
     options.plan = c.plan;
     const auto dq = to_device(q), dk = to_device(k), dv = to_device(v);
     if (!is_supported<T>()) {

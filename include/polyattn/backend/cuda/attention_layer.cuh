@@ -34,7 +34,7 @@ private:
     friend class CompressedLayer;
 
     TensorView<const T> q_, k_, v_;
-    CudaOptions options_;             // with the plans
+    CudaOptions options_;                                  // with the plans
     CudaTensor<detail::cuda::arithmetic_t<T>> logsumexp_;  // of the operator, [items][queries]
     CudaTensor<T> hops_;                                   // Z_1 .. Z_K, [items][K][queries][padded columns]
     std::size_t hop_count_ = 0;
@@ -124,7 +124,7 @@ public:
         return result;
     }
     /// The same, written to `out`, which must not overlap the inputs; with CallOptions::accumulate added to it. With a plan and a workspace a repeated
-    /// call allocates nothing and does not wait for the device.
+    /// call allocates nothing on the device, and waits for it only where lengths or a table have to be copied there.
     template <class O, class Q, class K, class V>
     void into(const TensorView<O>& out, const TensorView<Q>& q, const TensorView<K>& k, const TensorView<V>& v, const CudaOptions& options = {}) const {
         using T = common_element<Q, K, V>;

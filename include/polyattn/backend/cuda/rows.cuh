@@ -54,8 +54,7 @@ Rows<T> as_rows(const TensorView<const T>& view, index_t query_heads, Carver& ca
     T* const to = carver.take<T>(count);
     if (!carver.counts() && count > 0) {
         const StridedRows<T> from{view.data, view.heads(), view.tokens(), view.dim(), view.strides[0], view.strides[1], view.strides[2], view.strides[3]};
-        pack_rows<<<blocks_for(count, 256), 256, 0, stream>>>(from, to, columns, count);
-        check_launch("pack_rows");
+        launch("pack_rows", pack_rows<T>, dim3(blocks_for(count, 256)), 256, 0, stream, from, to, columns, count);
     }
     const std::ptrdiff_t head = std::ptrdiff_t{view.tokens()} * columns;
     return {to, view.heads() * head, head, columns, query_heads, group};

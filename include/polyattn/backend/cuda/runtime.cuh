@@ -37,15 +37,12 @@ inline void check_cuda(cudaError_t code, const char* call) {
     (void)cudaGetLastError();  // not reported twice
     throw cuda_error(call, code);
 }
-/// After a launch: bad configurations show at once, failures while running at a later call.
-inline void check_launch(const char* kernel) { check_cuda(cudaGetLastError(), kernel); }
-
-/// Runs a kernel with dynamic shared memory on a grid.
+/// Runs a kernel with dynamic shared memory on a grid. Bad configurations show at once, failures while running at a later call.
 template <class... Parameters, class... Arguments>
 void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, int threads, std::size_t shared, cudaStream_t stream, const Arguments&... arguments) {
     if (shared > 48 * 1024) check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)), name);
     kernel<<<grid, static_cast<unsigned>(threads), shared, stream>>>(arguments...);
-    check_launch(name);
+    check_cuda(cudaGetLastError(), name);
 }
 
 /// Shared memory that a block may have, in bytes.

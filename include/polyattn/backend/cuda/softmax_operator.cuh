@@ -2,6 +2,7 @@
 // The softmax operator of all heads of a call: which kernels run over which parts of a plan, in which order.
 
 #include <polyattn/backend/cuda/half_tiles.cuh>
+#include <polyattn/backend/cuda/rows.cuh>
 #include <polyattn/backend/cuda/single_rows.cuh>
 
 POLYATTN_BEGIN_NAMESPACE

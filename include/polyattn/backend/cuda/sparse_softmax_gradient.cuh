@@ -304,10 +304,9 @@ template <class T>
 void begin_bias_sums(const Hops<T>& hops, index_t keys, index_t items, double mask, unsigned long long* sums, offset_t entries, double* bounds, cudaStream_t stream) {
     check_cuda(cudaMemsetAsync(sums, 0, static_cast<std::size_t>(entries) * sizeof(*sums), stream), "cudaMemsetAsync");
     check_cuda(cudaMemsetAsync(bounds, 0, static_cast<std::size_t>(2 * hops.count + 1) * sizeof(double), stream), "cudaMemsetAsync");
-    hop_bounds<T><<<dim3(std::min(blocks_for(std::max(hops.queries, keys), 256), 64u), static_cast<unsigned>(items), static_cast<unsigned>(hops.count)), 256, 0, stream>>>(hops, keys, bounds);
-    check_launch("hop_bounds");
-    bias_scale<<<1, 1, 0, stream>>>(bounds, hops.count, double(items) * hops.queries * mask);
-    check_launch("bias_scale");
+    const dim3 grid(std::min(blocks_for(std::max(hops.queries, keys), 256), 64u), static_cast<unsigned>(items), static_cast<unsigned>(hops.count));
+    launch("hop_bounds", hop_bounds<T>, grid, 256, 0, stream, hops, keys, bounds);
+    launch("bias_scale", bias_scale, dim3(1), 1, 0, stream, bounds, hops.count, double(items) * hops.queries * mask);
 }
 inline void end_bias_sums(std::vector<double>& to, const unsigned long long* sums, const double* scale, cudaStream_t stream) {
     std::vector<long long> host(to.size());
