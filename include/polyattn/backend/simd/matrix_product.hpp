@@ -26,7 +26,8 @@ class MatrixProduct {
     /// A panel of b and half a group of rows of a fit the first-level cache, the packed rows of a the second.
     static constexpr index_t inner_block = 16384 / (panel * static_cast<index_t>(sizeof(T))) * 2 / 8 * 8;
     static constexpr index_t row_block = 64;
-    static constexpr offset_t packed_values = (offset_t{2} << 20) / static_cast<offset_t>(sizeof(T));
+    /// What is packed of b stays in the second-level cache.
+    static constexpr offset_t packed_values = (offset_t{1} << 20) / static_cast<offset_t>(sizeof(T));
 
 public:
     template <class Finish = KeepResult>
@@ -64,6 +65,10 @@ public:
                     for (index_t p = 0; p < panels; ++p)
                         for (index_t i = first; i < last; i += group_size) {
                             fetch(a, next_rows, next, tile++, tiles);
+                            if (add || block > 0) {
+                                const bool below = i + group_size < last;
+                                fetch_result(c, below ? i + group_size : first, last, (below ? p : p + 1) * panel);
+                            }
                             multiply(own + (i - first) * k.size(), panel_of(block, p), k.size(), c, i, p * panel, add || block > 0, own + row_block * inner_block);
                             if constexpr (!std::is_same_v<std::remove_cvref_t<Finish>, KeepResult>)
                                 if (block + 1 == blocks)
@@ -95,6 +100,12 @@ private:
             const T* const from = by_rows ? &a(rows.begin + i, k.begin) : &a(rows.begin, k.begin + i);
             for (index_t c = 0; c < (by_rows ? k.size() : rows.size()); c += line) prefetch(from + c);
         }
+    }
+
+    /// Fetches what a group of rows and a panel will be added to.
+    static void fetch_result(MatrixView<T> c, index_t first, index_t last, index_t column) {
+        for (index_t i = first; i < std::min(first + group_size, last); ++i)
+            for (index_t j = column; j < std::min<index_t>(column + panel, c.cols); j += Tiles::lanes) prefetch(c.row(i) + j);
     }
 
     /// Rows of a, 16 at a time, transposed to [group][inner][16]; rows behind the last are zeros.
