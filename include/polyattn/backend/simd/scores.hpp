@@ -203,64 +203,82 @@ POLYATTN_NOINLINE void mask_scores(const Block& block, index_t p, int keys, T* s
         if (block.is_excluded(p + i)) std::fill_n(scores + i * group_size, group_size, masked_score<T>);
 }
 
-/// Weights of a block, [key][16]. Online: relative to the state's reference, which follows the scores, and summed. Otherwise
-/// relative to the reference as it is (the row's logsumexp), so they are final.
-template <bool Online, class T, class A, class Bias>
-POLYATTN_NOINLINE void score_block(const Block& block, const Head<T, Bias>& head, const DistanceTable<T, Bias>& distances, const Group& group, const T* queries,
-                                   Rows<T> keys, GroupState<T>& state, T* weights) {
+/// A group whose weights of a block are made.
+template <class T>
+struct ScoredGroup {
+    const Group* group;
+    GroupState<T>* state;
+    T* weights;  // [key][16]
+};
+
+/// Weights of a block, for groups that all see it alike; `queries` are theirs, one group behind the other. Online: relative to the states' references,
+/// which follow the scores, and summed. Otherwise relative to the references as they are (the rows' logsumexp), so they are final.
+template <bool Online, class T, class A, class Bias, std::size_t Groups>
+POLYATTN_NOINLINE void score_block(const Block& block, const Head<T, Bias>& head, const DistanceTable<T, Bias>& distances, const std::array<ScoredGroup<T>, Groups>& groups,
+                                   const T* queries, Rows<T> keys) {
     using V = Vec<T, A>;
     using K = Tiling<T, A>;
-    constexpr int vectors = K::group_vectors, lanes = K::lanes;
-    state.weights = weights;
+    constexpr int G = Groups, of_group = K::group_vectors, vectors = G * of_group, lanes = K::lanes;
+    const auto group_of = [&](int vector) POLYATTN_INLINE_LAMBDA -> const ScoredGroup<T>& { return groups[static_cast<std::size_t>(vector % vectors / of_group)]; };
+    for (const ScoredGroup<T>& of : groups) of.state->weights = of.weights;
     const auto tile = [&]<int M>(std::integral_constant<int, M>, index_t p) POLYATTN_INLINE_LAMBDA {
-        TileScores<T, A, M> score;
+        TileScores<T, A, M, G> score;
         V start[vectors];
-        expand<vectors>([&]<int... I>(Ints<I...>) POLYATTN_INLINE_LAMBDA { ((start[I] = V(T(0)) - V::load_aligned(state.reference + I * lanes)), ...); });
+        expand<vectors>([&]<int... I>(Ints<I...>) POLYATTN_INLINE_LAMBDA { ((start[I] = V(T(0)) - V::load_aligned(group_of(I).state->reference + I % of_group * lanes)), ...); });
         expand<M * vectors>([&]<int... I>(Ints<I...>) POLYATTN_INLINE_LAMBDA { ((score[I] = start[I % vectors]), ...); });
-        score_tile<M, T, A>(score, keys.row(p), keys.stride, queries, head.q.cols);
+        score_tile<M, G, T, A>(score, keys.row(p), keys.stride, queries, std::ptrdiff_t{head.q.cols} * group_size, head.q.cols);
         // Rare cases are out of line and go through memory, where the weights will be: the tile itself must never have an address, or
         // it lives there.
-        T* const out = weights + p * group_size;
+        const auto out = [&](const ScoredGroup<T>& of) POLYATTN_INLINE_LAMBDA { return of.weights + p * group_size; };
+        const auto place = [&](int vector) POLYATTN_INLINE_LAMBDA { return out(group_of(vector)) + vector / vectors * group_size + vector % of_group * lanes; };
         const auto through_memory = [&](auto&& f) POLYATTN_INLINE_LAMBDA {
-            expand<M * vectors>([&]<int... I>(Ints<I...>) POLYATTN_INLINE_LAMBDA { (score[I].store_aligned(out + I * lanes), ...); });
-            f();
-            expand<M * vectors>([&]<int... I>(Ints<I...>) POLYATTN_INLINE_LAMBDA { ((score[I] = V::load_aligned(out + I * lanes)), ...); });
+            expand<M * vectors>([&]<int... I>(Ints<I...>) POLYATTN_INLINE_LAMBDA { (score[I].store_aligned(place(I)), ...); });
+            for (int g = 0; g < G; ++g) f(g, groups[static_cast<std::size_t>(g)]);
+            expand<M * vectors>([&]<int... I>(Ints<I...>) POLYATTN_INLINE_LAMBDA { ((score[I] = V::load_aligned(place(I))), ...); });
         };
         if constexpr (!std::is_same_v<Bias, NoBias>) {
-            const T* near = nullptr;
+            const T* near[G] = {};  // of the last key
+            bool all_near = false;
             if constexpr (DistanceTable<T, Bias>::exists)
-                if (group.consecutive && !block.tile->keys.is_list() && distances.row(group.rows[0], block.key(p))) near = distances.row(group.rows[0], block.key(p + M - 1));
-            if (near)  // queries and keys run on: the rows of later keys lie before
+                if (!block.tile->keys.is_list()) {
+                    all_near = true;
+                    for (int g = 0; g < G; ++g) {
+                        const Group& group = *groups[static_cast<std::size_t>(g)].group;
+                        if (group.consecutive && distances.row(group.rows[0], block.key(p))) near[g] = distances.row(group.rows[0], block.key(p + M - 1));
+                        all_near &= near[g] != nullptr;
+                    }
+                }
+            if (all_near)  // queries and keys run on: the rows of later keys lie before
                 expand<M * vectors>([&]<int... I>(Ints<I...>) POLYATTN_INLINE_LAMBDA {
-                    ((score[I] = score[I] + V::load_unaligned(near + (M - 1 - I / vectors) + I % vectors * lanes)), ...);
+                    ((score[I] = score[I] + V::load_unaligned(near[I % vectors / of_group] + (M - 1 - I / vectors) + I % of_group * lanes)), ...);
                 });
-            else through_memory([&] { add_biases<T, A>(block, head, distances, group, p, M, out); });
+            else through_memory([&](int, const ScoredGroup<T>& of) { add_biases<T, A>(block, head, distances, *of.group, p, M, out(of)); });
         }
-        if (p < block.all_begin || p + M > block.all_end || !block.excluded.empty()) through_memory([&] { mask_scores<T, A>(block, p, M, out); });
+        if (p < block.all_begin || p + M > block.all_end || !block.excluded.empty()) through_memory([&](int, const ScoredGroup<T>& of) { mask_scores<T, A>(block, p, M, out(of)); });
         if constexpr (Online) {
             V highest[vectors];
             expand<vectors>([&]<int... I>(Ints<I...>) POLYATTN_INLINE_LAMBDA { ((highest[I] = score[I]), ...); });
             expand<M * vectors>([&]<int... I>(Ints<I...>) POLYATTN_INLINE_LAMBDA { ((highest[I % vectors] = xsimd::max(highest[I % vectors], score[I])), ...); });
             bool raise = false;
-            expand<vectors>([&]<int... I>(Ints<I...>) POLYATTN_INLINE_LAMBDA { ((raise |= xsimd::any(highest[I] > V::load_aligned(state.threshold + I * lanes))), ...); });
+            expand<vectors>([&]<int... I>(Ints<I...>) POLYATTN_INLINE_LAMBDA { ((raise |= xsimd::any(highest[I] > V::load_aligned(group_of(I).state->threshold + I % of_group * lanes))), ...); });
             if (raise) [[unlikely]] {
-                alignas(64) T tile_highest[group_size];
+                alignas(64) T tile_highest[G * group_size];
                 expand<vectors>([&]<int... I>(Ints<I...>) POLYATTN_INLINE_LAMBDA { (highest[I].store_aligned(tile_highest + I * lanes), ...); });
-                through_memory([&] { raise_reference<T, A>(out, M, tile_highest, state, out); });
+                through_memory([&](int g, const ScoredGroup<T>& of) { raise_reference<T, A>(out(of), M, tile_highest + g * group_size, *of.state, out(of)); });
             }
         }
         expand<M * vectors>([&]<int... I>(Ints<I...>) POLYATTN_INLINE_LAMBDA {
             ((score[I] = pow2(score[I])), ...);
-            (score[I].store_aligned(out + I * lanes), ...);
+            (score[I].store_aligned(place(I)), ...);
         });
         if constexpr (Online)
             expand<vectors>([&]<int... J>(Ints<J...>) POLYATTN_INLINE_LAMBDA {
-                V sum[vectors] = {V::load_aligned(state.sum + J * lanes)...};
+                V sum[vectors] = {V::load_aligned(group_of(J).state->sum + J % of_group * lanes)...};
                 expand<M * vectors>([&]<int... I>(Ints<I...>) POLYATTN_INLINE_LAMBDA { ((sum[I % vectors] = sum[I % vectors] + score[I]), ...); });
-                (sum[J].store_aligned(state.sum + J * lanes), ...);
+                (sum[J].store_aligned(group_of(J).state->sum + J % of_group * lanes), ...);
             });
     };
-    for_each_key_tile<K::score_keys>(block.keys, tile);
+    for_each_key_tile<K::score_keys(G)>(block.keys, tile);
 }
 
 /// Multiplies the weights of a block by dropout's mask.

@@ -99,7 +99,7 @@ public:
             for (int w = 0; w < workers_.count(); ++w) scratch_[static_cast<std::size_t>(w)].block_references = workers_[w].template take<T>(references).data();
         }
         for_each_unit([&](const Unit& unit, Scratch& scratch) {
-            online_weights(unit, scratch, [](std::size_t, const Block&, const Piece&, const T*) {});
+            online_weights(unit, scratch, [](const UnitBlock&) {});
             if (stored_) join_blocks(unit, scratch);
             finish_unit(unit, scratch, wants_logsumexp || !stored_);
         });
@@ -119,7 +119,7 @@ public:
         start_rows(v, hop, out, out_stride);
         for_each_unit([&](const Unit& unit, Scratch& scratch) {
             twice_if_masked(unit, scratch, [&](bool careful) {
-                online_weights(unit, scratch, [&](std::size_t slot, const Block& block, const Piece& piece, const T* weights) { accumulate(slot, block, piece, weights, x, scratch, careful); });
+                online_weights(unit, scratch, [&](const UnitBlock& at) { accumulate(at, x, scratch, careful); });
             });
             finish_unit(unit, scratch, wants_logsumexp);
             if (!rows_are_lanes())
@@ -136,9 +136,7 @@ public:
         for_each_unit([&](const Unit& unit, Scratch& scratch) {
             twice_if_masked(unit, scratch, [&](bool careful) {
                 for (std::size_t slot = 0; slot < unit.groups(); ++slot) state(scratch, slot).has_out = false;
-                final_weights(unit, scratch, true, [&](std::size_t slot, const Block& block, const Piece& piece, const T* weights) {
-                    accumulate(slot, block, piece, weights, x, scratch, careful);
-                });
+                final_weights(unit, scratch, true, [&](const UnitBlock& at) { accumulate(at, x, scratch, careful); });
             });
             store_unit(unit, scratch, v, hop, out, out_stride);
         });
@@ -150,6 +148,13 @@ protected:
         GroupState<T>* states;  // of a unit's groups, as are queries and out
         T *queries, *weights, *out, *block_references;
         GatheredRows<T> keys, values;
+    };
+    /// A block of one group of a unit, and where its weights (and their gradients) are.
+    struct UnitBlock {
+        std::size_t slot;
+        Block block;
+        const Piece* piece;
+        T *weights, *d_scores;
     };
     GroupState<T>& state(Scratch& scratch, std::size_t slot) const { return scratch.states[slot]; }
     T* queries_of(Scratch& scratch, std::size_t slot) const { return scratch.queries + slot * static_cast<std::size_t>(head_.q.cols) * group_size; }
@@ -199,22 +204,50 @@ protected:
         return span;
     }
 
-    /// f(slot, block, piece): key blocks outermost for wide units, groups outermost for others.
+    UnitBlock unit_block(const Unit& unit, std::size_t slot, std::size_t p, Bounds range) const {
+        return {slot, block_of(unit, slot, p, range), &schedule_.pieces(group_of(unit, slot))[p], nullptr, nullptr};
+    }
+
+    /// f(blocks), up to score_groups of them that have keys: key blocks outermost for wide units, groups outermost for others.
     template <class F>
     void for_each_block(const Unit& unit, F&& f) const {
-        const auto visit = [&](std::size_t slot, std::size_t p, Bounds range) {
-            const Block block = block_of(unit, slot, p, range);
-            if (block.keys > 0) f(slot, block, schedule_.pieces(group_of(unit, slot))[p]);
-        };
         if (unit.wide) {
+            UnitBlock blocks[Tiles::score_groups];
             for (std::size_t p = 0; p < pieces_of(unit); ++p)
                 for_each_range(span_of(unit, p), Tiles::shared_key_block, [&](Bounds range) {
-                    for (std::size_t slot = 0; slot < unit.groups(); ++slot) visit(slot, p, range);
+                    std::size_t count = 0;
+                    for (std::size_t slot = 0; slot < unit.groups(); ++slot) {
+                        if ((blocks[count] = unit_block(unit, slot, p, range)).block.keys > 0) ++count;
+                        if (count < Tiles::score_groups && (count == 0 || slot + 1 < unit.groups())) continue;
+                        f(std::span<UnitBlock>(blocks, count));
+                        count = 0;
+                    }
                 });
         } else
             for (std::size_t slot = 0; slot < unit.groups(); ++slot)
                 for (std::size_t p = 0; p < pieces_of(unit); ++p)
-                    for_each_range(schedule_.pieces(group_of(unit, slot))[p].span, Tiles::key_block, [&](Bounds range) { visit(slot, p, range); });
+                    for_each_range(schedule_.pieces(group_of(unit, slot))[p].span, Tiles::key_block, [&](Bounds range) {
+                        UnitBlock at = unit_block(unit, slot, p, range);
+                        if (at.block.keys > 0) f(std::span<UnitBlock>(&at, 1));
+                    });
+    }
+
+    /// f(span of G blocks) for those next to each other of which all queries see the same keys, and for the others one by one.
+    template <class F>
+    static void for_each_alike(std::span<const UnitBlock> blocks, F&& f) {
+        constexpr std::size_t most = Tiles::score_groups;
+        while (!blocks.empty()) {
+            if constexpr (most > 1)
+                if (blocks.size() >= most && std::ranges::all_of(blocks.first(most), [&, slot = blocks[0].slot](const UnitBlock& at) mutable {
+                        return at.slot == slot++ && !at.block.masked && at.block.first == blocks[0].block.first && at.block.keys == blocks[0].block.keys;
+                    })) {
+                    f(blocks.template first<most>());
+                    blocks = blocks.subspan(most);
+                    continue;
+                }
+            f(blocks.template first<1>());
+            blocks = blocks.subspan(1);
+        }
     }
     /// Blocks of any unit, counting those that turn out to be padding.
     offset_t most_blocks() const {
@@ -250,30 +283,47 @@ protected:
         stored_ = bytes <= head_.weight_budget;
         if (stored_) store_ = workers_[0].template take<T>(schedule_.weight_rows() * group_size);
     }
-    T* stored_weights(const Block& block, const Piece& piece) const { return &store_[static_cast<std::size_t>(piece.weights + block.first - piece.span.begin) * group_size]; }
+    T* stored_weights(const UnitBlock& at) const { return &store_[static_cast<std::size_t>(at.piece->weights + at.block.first - at.piece->span.begin) * group_size]; }
+    /// Where the weights of blocks that are worked on together go.
+    void place_weights(std::span<UnitBlock> blocks, bool stored, Scratch& scratch) const {
+        T* free = scratch.weights;
+        for (UnitBlock& at : blocks) {
+            at.weights = stored ? stored_weights(at) : free;
+            free += offset_t{at.block.keys} * group_size;
+        }
+    }
+    template <bool Online>
+    void make_weights(std::span<const UnitBlock> blocks, const Unit& unit, Scratch& scratch) const {
+        for_each_alike(blocks, [&]<std::size_t G>(std::span<const UnitBlock, G> alike) {
+            std::array<ScoredGroup<T>, G> groups;
+            for (std::size_t g = 0; g < G; ++g) groups[g] = {&group_of(unit, alike[g].slot), &state(scratch, alike[g].slot), alike[g].weights};
+            score_block<Online, T, A>(alike[0].block, head_, distances_, groups, queries_of(scratch, alike[0].slot), block_keys(alike[0], scratch));
+        });
+    }
 
     void pack_queries(const Unit& unit, Scratch& scratch) const {
         for (std::size_t slot = 0; slot < unit.groups(); ++slot)
             pack_rows<T, A>(group_of(unit, slot).rows, q_, head_.q.cols, static_cast<T>(head_.scale * log2_e), queries_of(scratch, slot));
     }
-    Rows<T> block_keys(const Block& block, const Piece& piece, Scratch& scratch) const {
-        const Rows<T> keys = scratch.keys.get(block.tile->keys, piece.list_slot, k_);
-        return {keys.row(block.first), keys.stride};
+    Rows<T> block_keys(const UnitBlock& at, Scratch& scratch) const {
+        const Rows<T> keys = scratch.keys.get(at.block.tile->keys, at.piece->list_slot, k_);
+        return {keys.row(at.block.first), keys.stride};
     }
 
-    /// Weights of a unit's groups relative to running references, f(slot, block, piece, weights) after each block.
+    /// Weights of a unit's groups relative to running references, f(block) after each.
     template <class F>
     void online_weights(const Unit& unit, Scratch& scratch, F&& f) {
         for (std::size_t slot = 0; slot < unit.groups(); ++slot) state(scratch, slot).start(out_of(scratch, slot), columns_);
         pack_queries(unit, scratch);
         T* reference = scratch.block_references;
-        for_each_block(unit, [&](std::size_t slot, const Block& block, const Piece& piece) {
-            const Group& group = group_of(unit, slot);
-            T* const weights = stored_ ? stored_weights(block, piece) : scratch.weights;
-            score_block<true, T, A>(block, head_, distances_, group, queries_of(scratch, slot), block_keys(block, piece, scratch), state(scratch, slot), weights);
-            if (head_.dropout.drops_weights()) drop_weights(block, head_.dropout, group, weights);
-            if (stored_) reference = std::copy_n(state(scratch, slot).reference, group_size, reference);
-            f(slot, block, piece, weights);
+        for_each_block(unit, [&](std::span<UnitBlock> blocks) {
+            place_weights(blocks, stored_, scratch);
+            make_weights<true>(blocks, unit, scratch);
+            for (const UnitBlock& at : blocks) {
+                if (head_.dropout.drops_weights()) drop_weights(at.block, head_.dropout, group_of(unit, at.slot), at.weights);
+                if (stored_) reference = std::copy_n(state(scratch, at.slot).reference, group_size, reference);
+                f(at);
+            }
         });
     }
 
@@ -281,31 +331,33 @@ protected:
     void join_blocks(const Unit& unit, Scratch& scratch) {
         using V = Vec<T, A>;
         const T* reference = scratch.block_references;
-        for_each_block(unit, [&](std::size_t slot, const Block& block, const Piece& piece) {
-            const T* const last = state(scratch, slot).reference;
-            if (!std::equal(last, last + group_size, reference)) {
-                T* const weights = stored_weights(block, piece);
-                for (int part = 0; part < group_size; part += Tiles::lanes) {
-                    // Exactly 1 for the queries that keep their reference (another query's key must not move their bits) and for those
-                    // that had none yet: their weights are 0, their first reference may lie far below, and 0 * 2^far is NaN.
-                    const V rise = V::load_aligned(last + part) - V::load_unaligned(reference + part);
-                    const V factor = xsimd::select(rise > V(T(0)), pow2(V(T(0)) - rise), V(T(1)));
-                    for (index_t p = 0; p < block.keys; ++p) (V::load_aligned(weights + p * group_size + part) * factor).store_aligned(weights + p * group_size + part);
+        for_each_block(unit, [&](std::span<const UnitBlock> blocks) {
+            for (const UnitBlock& at : blocks) {
+                const T* const last = state(scratch, at.slot).reference;
+                if (!std::equal(last, last + group_size, reference)) {
+                    T* const weights = stored_weights(at);
+                    for (int part = 0; part < group_size; part += Tiles::lanes) {
+                        // Exactly 1 for the queries that keep their reference (another query's key must not move their bits) and for those
+                        // that had none yet: their weights are 0, their first reference may lie far below, and 0 * 2^far is NaN.
+                        const V rise = V::load_aligned(last + part) - V::load_unaligned(reference + part);
+                        const V factor = xsimd::select(rise > V(T(0)), pow2(V(T(0)) - rise), V(T(1)));
+                        for (index_t p = 0; p < at.block.keys; ++p) (V::load_aligned(weights + p * group_size + part) * factor).store_aligned(weights + p * group_size + part);
+                    }
                 }
+                reference += group_size;
             }
-            reference += group_size;
         });
     }
 
-    /// f(slot, block, piece, weights) with the weights that belong to lane_factor_ (stored), or final ones computed again.
+    /// f(block) with the weights that belong to lane_factor_ (stored), or final ones computed again.
     template <class F>
     void final_weights(const Unit& unit, Scratch& scratch, bool dropped, F&& f) {
         const bool read = stored_ && (dropped || !head_.dropout.drops_weights());
         if (!read) start_final(unit, scratch);
-        for_each_block(unit, [&](std::size_t slot, const Block& block, const Piece& piece) {
-            T* const weights = read ? stored_weights(block, piece) : scratch.weights;
-            if (!read) compute_final(unit, slot, block, piece, scratch, dropped, weights);
-            f(slot, block, piece, weights);
+        for_each_block(unit, [&](std::span<UnitBlock> blocks) {
+            place_weights(blocks, read, scratch);
+            if (!read) compute_final(blocks, unit, scratch, dropped);
+            for (const UnitBlock& at : blocks) f(at);
         });
     }
 
@@ -319,10 +371,10 @@ protected:
         }
         pack_queries(unit, scratch);
     }
-    void compute_final(const Unit& unit, std::size_t slot, const Block& block, const Piece& piece, Scratch& scratch, bool dropped, T* weights) const {
-        const Group& group = group_of(unit, slot);
-        score_block<false, T, A>(block, head_, distances_, group, queries_of(scratch, slot), block_keys(block, piece, scratch), state(scratch, slot), weights);
-        if (dropped && head_.dropout.drops_weights()) drop_weights(block, head_.dropout, group, weights);
+    void compute_final(std::span<const UnitBlock> blocks, const Unit& unit, Scratch& scratch, bool dropped) const {
+        make_weights<false>(blocks, unit, scratch);
+        if (!dropped || !head_.dropout.drops_weights()) return;
+        for (const UnitBlock& at : blocks) drop_weights(at.block, head_.dropout, group_of(unit, at.slot), at.weights);
     }
 
     /// Every row is one lane of one group: nothing else adds to its sum.
@@ -429,10 +481,10 @@ protected:
         }
     }
 
-    void accumulate(std::size_t slot, const Block& block, const Piece& piece, const T* weights, Rows<T> x, Scratch& scratch, bool careful) {
-        const Rows<T> values = scratch.values.get(block.tile->keys, piece.list_slot, x);
-        GroupState<T>& own = state(scratch, slot);
-        weighted_sum_block<T, A>(block, weights, {values.row(block.first), values.stride}, columns_, out_of(scratch, slot), own.has_out, careful);
+    void accumulate(const UnitBlock& at, Rows<T> x, Scratch& scratch, bool careful) {
+        const Rows<T> values = scratch.values.get(at.block.tile->keys, at.piece->list_slot, x);
+        GroupState<T>& own = state(scratch, at.slot);
+        weighted_sum_block<T, A>(at.block, at.weights, {values.row(at.block.first), values.stride}, columns_, out_of(scratch, at.slot), own.has_out, careful);
         own.has_out = true;
     }
 

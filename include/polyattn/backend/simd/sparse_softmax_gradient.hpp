@@ -76,6 +76,7 @@ template <class T, class A, class Bias>
 class SparseSoftmaxGradient : public SparseSoftmax<T, A, Bias> {
     using Base = SparseSoftmax<T, A, Bias>;
     using typename Base::Scratch;
+    using typename Base::UnitBlock;
     using Base::alive_;
     using Base::columns_;
     using Base::dim_;
@@ -118,8 +119,9 @@ public:
         if (stored_)
             this->for_each_unit([&](const Unit& unit, Scratch& scratch) {
                 this->start_final(unit, scratch);
-                this->for_each_block(unit, [&](std::size_t slot, const Block& block, const Piece& piece) {
-                    this->compute_final(unit, slot, block, piece, scratch, true, this->stored_weights(block, piece));
+                this->for_each_block(unit, [&](std::span<UnitBlock> blocks) {
+                    this->place_weights(blocks, true, scratch);
+                    this->compute_final(blocks, unit, scratch, true);
                 });
             });
         block_keys_ = std::max<offset_t>(offset_t{Schedule::most_narrow_groups} * Tiles::key_block, offset_t{Schedule::most_groups} * Tiles::shared_key_block);
@@ -142,8 +144,7 @@ public:
                 for (std::size_t slot = 0; slot < unit.groups(); ++slot) pack_lanes(group_of(unit, slot), x, T(1), columns_, this->out_of(scratch, slot), bad_x_);
                 if (!stored_) this->start_final(unit, scratch);
                 for_each_shared_block(unit, own, [&](std::span<const UnitBlock> blocks, Bounds range) {
-                    for (const UnitBlock& block : blocks)
-                        if (!stored_) this->compute_final(unit, block.slot, block.block, *block.piece, scratch, true, block.weights);
+                    if (!stored_) this->compute_final(blocks, unit, scratch, true);
                     add_transposed(unit, blocks, range, &UnitBlock::weights, x, T(1), columns_, scratch.out, bad_x_, sums, chunk, worker);
                 });
             }
@@ -216,10 +217,13 @@ public:
                     if (d_v) pack_lanes(group, terms[0].g, T(1), columns_, this->out_of(scratch, slot), bad_x_);
                 }
                 for_each_shared_block(unit, own, [&](std::span<const UnitBlock> blocks, Bounds range) {
+                    if (!read) this->compute_final(blocks, unit, scratch, false);
+                    Base::for_each_alike(blocks, [&](auto alike) {
+                        score_gradients(alike, own.g + alike[0].slot * terms.size() * term_size, own.means + alike[0].slot * group_size, terms, own.z);
+                    });
                     for (const UnitBlock& at : blocks) {
                         const Group& group = group_of(unit, at.slot);
-                        if (!read) this->compute_final(unit, at.slot, at.block, *at.piece, scratch, false, at.weights);
-                        score_gradients(at.block, *at.piece, group, at.weights, own.g + at.slot * terms.size() * term_size, own.means + at.slot * group_size, terms, own.z, at.d_scores);
+                        if (head_.dropout.drops_weights()) drop_gradients(at, group, own.means + at.slot * group_size);
                         if (clear_masked && at.block.masked) clear_unseen(at.block, at.d_scores);
                         if constexpr (LearnedBias<Bias>) accumulate_bias(at.block, group, at.d_scores, bias_part);
                     }
@@ -260,14 +264,6 @@ private:
         std::span<GatheredRows<T>> z;
         GatheredRows<T> k;
     };
-    /// A block of one group of a unit.
-    struct UnitBlock {
-        std::size_t slot;
-        Block block;
-        const Piece* piece;
-        T *weights, *d_scores;
-    };
-
     std::span<Buffers> take_buffers(const Workers& workers, bool weights, bool d_scores) {
         const auto buffers = workers[0].template take<Buffers>(workers.count());
         for (int w = 0; w < workers.count(); ++w) {
@@ -296,10 +292,10 @@ private:
                 std::size_t count = 0;
                 for (std::size_t slot = 0; slot < unit.groups(); ++slot) {
                     UnitBlock& at = blocks[count];
-                    at = {slot, this->block_of(unit, slot, p, range), &schedule_.pieces(group_of(unit, slot))[p], nullptr, nullptr};
+                    at = this->unit_block(unit, slot, p, range);
                     if (at.block.keys == 0) continue;
                     const auto size = static_cast<std::size_t>(count) * static_cast<std::size_t>(range.size()) * group_size;
-                    at.weights = buffers.weights ? buffers.weights + size : this->stored_weights(at.block, *at.piece);
+                    at.weights = buffers.weights ? buffers.weights + size : this->stored_weights(at);
                     at.d_scores = buffers.d_scores ? buffers.d_scores + size : nullptr;
                     ++count;
                 }
@@ -381,29 +377,34 @@ private:
         });
     }
 
-    /// dL/dscore of a block: weight * (mask * dL/dA - row mean).
-    void score_gradients(const Block& block, const Piece& piece, const Group& group, const T* weights, const T* g, const T* means,
-                         std::span<const WeightGradientTerm<T>> terms, std::span<GatheredRows<T>> gathered, T* d_scores) {
+    /// dL/dscore of blocks that are alike: weight * (dL/dA - row mean); with dropout on weights dL/dA alone. `g` and `means` are of the first one.
+    template <std::size_t Groups>
+    void score_gradients(std::span<const UnitBlock, Groups> alike, const T* g, const T* means, std::span<const WeightGradientTerm<T>> terms, std::span<GatheredRows<T>> gathered) {
         using V = Vec<T, A>;
-        constexpr int vectors = Tiles::group_vectors, lanes = Tiles::lanes;
+        constexpr int G = Groups, of_group = Tiles::group_vectors, vectors = G * of_group, lanes = Tiles::lanes;
+        const Block& block = alike[0].block;
         const bool drops = head_.dropout.drops_weights();
+        const std::ptrdiff_t term_size = std::ptrdiff_t{head_.v.cols} * group_size;
         const auto tile = [&]<int M>(std::integral_constant<int, M>, index_t p) POLYATTN_INLINE_LAMBDA {
-            TileScores<T, A, M> sum;
+            TileScores<T, A, M, G> sum;
             expand<M * vectors>([&]<int... I>(Ints<I...>) POLYATTN_INLINE_LAMBDA { ((sum[I] = drops ? V(T(0)) : V(T(0)) - V::load_aligned(means + I % vectors * lanes)), ...); });
             for (std::size_t t = 0; t < terms.size(); ++t) {
-                const Rows<T> z = gathered[t].get(block.tile->keys, piece.list_slot, terms[t].z);
-                score_tile<M, T, A>(sum, z.row(block.first + p), z.stride, g + t * static_cast<std::size_t>(head_.v.cols) * group_size, head_.v.cols);
+                const Rows<T> z = gathered[t].get(block.tile->keys, alike[0].piece->list_slot, terms[t].z);
+                score_tile<M, G, T, A>(sum, z.row(block.first + p), z.stride, g + static_cast<std::ptrdiff_t>(t) * term_size, static_cast<std::ptrdiff_t>(terms.size()) * term_size, head_.v.cols);
             }
-            const offset_t at = offset_t{p} * group_size;
+            const auto place = [&](int vector) POLYATTN_INLINE_LAMBDA { return offset_t{p + vector / vectors} * group_size + vector % of_group * lanes; };
             expand<M * vectors>([&]<int... I>(Ints<I...>) POLYATTN_INLINE_LAMBDA {
-                if (!drops) ((sum[I] = sum[I] * V::load_aligned(weights + at + I * lanes)), ...);
-                (sum[I].store_aligned(d_scores + at + I * lanes), ...);
+                if (!drops) ((sum[I] = sum[I] * V::load_aligned(alike[I % vectors / of_group].weights + place(I))), ...);
+                (sum[I].store_aligned(alike[I % vectors / of_group].d_scores + place(I)), ...);
             });
         };
-        for_each_key_tile<Tiles::score_keys>(block.keys, tile);
-        if (!drops) return;
-        drop_weights(block, head_.dropout, group, d_scores);
-        for (index_t at = 0; at < block.keys * group_size; ++at) d_scores[at] = weights[at] * (d_scores[at] - means[at % group_size]);
+        for_each_key_tile<Tiles::score_keys(G)>(block.keys, tile);
+    }
+
+    /// From dL/dA to dL/dscore = weight * (mask * dL/dA - row mean).
+    void drop_gradients(const UnitBlock& at, const Group& group, const T* means) const {
+        drop_weights(at.block, head_.dropout, group, at.d_scores);
+        for (index_t i = 0; i < at.block.keys * group_size; ++i) at.d_scores[i] = at.weights[i] * (at.d_scores[i] - means[i % group_size]);
     }
 
     static void clear_unseen(const Block& block, T* d_scores) {

@@ -18,8 +18,10 @@ struct Tiling {
     static constexpr int registers = is_avx512<A> ? 32 : 16;
     /// Vectors that hold one value of each query of a group.
     static constexpr int group_vectors = group_size / lanes;
-    /// Keys of a score tile.
-    static constexpr int score_keys = registers == 32 ? 16 / group_vectors : group_vectors == 1 ? 12 : group_vectors == 2 ? 6 : group_vectors == 4 ? 2 : 1;
+    /// Groups whose scores with the same keys are made at once, where that can be: two vectors of queries share a broadcast key.
+    static constexpr int score_groups = registers == 32 && group_vectors == 1 ? 2 : 1;
+    /// Keys of a score tile of `groups` groups.
+    static constexpr int score_keys(int groups) { return registers == 32 ? 16 / (groups * group_vectors) : group_vectors == 1 ? 12 : group_vectors == 2 ? 6 : group_vectors == 4 ? 2 : 1; }
     /// Rows and vectors of columns of an output tile.
     static constexpr int rows = registers == 32 ? 8 : 4;
     static constexpr int columns = 3;
@@ -29,23 +31,25 @@ struct Tiling {
     static constexpr int key_block = sizeof(T) == 4 ? 544 : 272;
     /// .. and of several groups, so that the keys and values stay in the second-level cache meanwhile.
     static constexpr int shared_key_block = sizeof(T) == 4 ? 256 : 128;
+    static_assert(score_groups * shared_key_block <= key_block);
 };
 
-/// Scores of M keys and 16 queries: vector n belongs to key n / group_vectors and to the queries from n % group_vectors * lanes on.
-template <class T, class A, int M>
-using TileScores = Vec<T, A>[M * Tiling<T, A>::group_vectors];
+/// Scores of M keys and the queries of G groups: vector n belongs to key n / (G group_vectors), and of its queries to those from
+/// n % (G group_vectors) * lanes on.
+template <class T, class A, int M, int G = 1>
+using TileScores = Vec<T, A>[M * G * Tiling<T, A>::group_vectors];
 
-/// acc (key, query) += sum over t of keys[key][t] * queries[t][query]: M keys as stored, 16 queries transposed.
-template <int M, class T, class A>
-POLYATTN_ALWAYS_INLINE void score_tile(TileScores<T, A, M>& acc, const T* keys, std::ptrdiff_t stride, const T* queries, index_t dim) {
+/// acc (key, query) += sum over t of keys[key][t] * queries[group][t][query]: M keys as stored, 16 queries a group transposed, groups `group_stride` apart.
+template <int M, int G, class T, class A>
+POLYATTN_ALWAYS_INLINE void score_tile(TileScores<T, A, M, G>& acc, const T* keys, std::ptrdiff_t stride, const T* queries, std::ptrdiff_t group_stride, index_t dim) {
     using V = Vec<T, A>;
-    constexpr int vectors = Tiling<T, A>::group_vectors, lanes = Tiling<T, A>::lanes;
+    constexpr int of_group = Tiling<T, A>::group_vectors, vectors = G * of_group, lanes = Tiling<T, A>::lanes;
     // Four base pointers and one offset address all rows; a row stride known only at run time costs nothing then.
     const T* const base[4] = {keys, keys + stride, keys + 2 * stride, keys + 3 * stride};
     const std::ptrdiff_t four = 4 * stride;
     for (index_t t = 0; t < dim; ++t) {
         V query[vectors];
-        expand<vectors>([&]<int... I>(Ints<I...>) POLYATTN_INLINE_LAMBDA { ((query[I] = V::load_aligned(queries + t * group_size + I * lanes)), ...); });
+        expand<vectors>([&]<int... I>(Ints<I...>) POLYATTN_INLINE_LAMBDA { ((query[I] = V::load_aligned(queries + I / of_group * group_stride + t * group_size + I % of_group * lanes)), ...); });
         expand<M * vectors>([&]<int... I>(Ints<I...>) POLYATTN_INLINE_LAMBDA {
             ((acc[I] = multiply_add(V(base[I / vectors % 4][I / vectors / 4 * four + t]), query[I % vectors], acc[I])), ...);
         });
