@@ -243,16 +243,23 @@ public:
         // Each run of items adds to a bias gradient of its own, and these are added in order: the order never depends on threads.
         const offset_t runs = d_bias.empty() ? items : std::min<offset_t>(items, 16);
         std::vector<double> bias_parts(static_cast<std::size_t>(runs) * d_bias.size(), 0.);
+        const offset_t hop_rows = static_cast<offset_t>(recursion_.hops.size()) * q.tokens();
+        const auto hops_of = [&](index_t b, index_t h) { return saved.hops_.data() + (offset_t{b} * q.heads() + h) * hop_rows * v.dim(); };
+        const auto first_of = [&](offset_t run) { return items * run / runs * group; };
+        const offset_t in_turn = worker_count();
         for_each_item(runs, workspace, options.workspace != nullptr, [&](offset_t run, detail::Workers& workers) {
-            for (offset_t query_item = items * run / runs * group; query_item < items * (run + 1) / runs * group; ++query_item) {
-                const offset_t item = query_item / group;
-                const auto b = static_cast<index_t>(item / k.heads()), kh = static_cast<index_t>(item % k.heads());
-                const auto h = static_cast<index_t>(kh * group + query_item % group);
+            for (offset_t query_item = first_of(run); query_item < first_of(run + 1); ++query_item) {
+                const auto [b, h, kh] = head_at(query_item, k.heads(), group);
                 const offset_t line = offset_t{b} * q.heads() + h;
-                const auto head = make_head<T>(q, k, v, saved.plan(b, h), bound, saved.options_, b, h, kh);
-                detail::HeadGradient<T> gradient{d.head(b, h), saved.logsumexp_.data() + line * q.tokens(),
-                                                 saved.hops_.data() + line * static_cast<offset_t>(recursion_.hops.size()) * q.tokens() * v.dim(),
-                                                 saved.states_.data() + line * state_size<T>(q.dim(), v.dim()),
+                auto head = make_head<T>(q, k, v, saved.plan(b, h), bound, saved.options_, b, h, kh);
+                std::array<MatrixView<const T>, 8> next;
+                if constexpr (!kernel)
+                    if (const offset_t after = query_item + 1 < first_of(run + 1) ? query_item + 1 : first_of(run + in_turn); after < items * group) {
+                        const auto [nb, nh, nk] = head_at(after, k.heads(), group);
+                        head.next = next = {q.head(nb, nh), k.head(nb, nk), v.head(nb, nk), d.head(nb, nh), MatrixView<const T>{hops_of(nb, nh), static_cast<index_t>(hop_rows), v.dim(), v.dim(), 1},
+                                            vq.head(nb, nh), vk.head(nb, nk), vv.head(nb, nk)};
+                    }
+                detail::HeadGradient<T> gradient{d.head(b, h), saved.logsumexp_.data() + line * q.tokens(), hops_of(b, h), saved.states_.data() + line * state_size<T>(q.dim(), v.dim()),
                                                  vq.head(b, h), vk.head(b, kh), vv.head(b, kh),
                                                  std::span<double>(bias_parts).subspan(static_cast<std::size_t>(run) * d_bias.size(), d_bias.size())};
                 detail::Workers scratch = workers.nested();
@@ -360,6 +367,14 @@ private:
             return detail::simd::KernelAttention<T, Arch, Bound>::state_size(feature_count(dim), value_dim, recursion_.hops.size(), detail::is_causal<Pattern>());
         } else return 0;
     }
+    struct HeadIndex {
+        index_t batch, head, key_head;
+    };
+    /// Heads in order, `group` of them to a head of keys.
+    static HeadIndex head_at(offset_t item, index_t key_heads, index_t group) {
+        const offset_t heads = offset_t{key_heads} * group;
+        return {static_cast<index_t>(item / heads), static_cast<index_t>(item % heads), static_cast<index_t>(item % heads / group)};
+    }
     /// f(item, workers): items side by side, or, when there are fewer than threads, one after the other with all threads inside.
     template <class F>
     static void for_each_item(offset_t items, Workspace& workspace, bool reused, F&& f) {
@@ -407,9 +422,16 @@ private:
                 });
                 return;
             }
-        for_each_item(offset_t{q.batch()} * q.heads(), workspace, options.workspace != nullptr, [&](offset_t item, detail::Workers& workers) {
-            const auto b = static_cast<index_t>(item / q.heads()), h = static_cast<index_t>(item % q.heads());
-            const auto head = make_head<T>(q, k, v, plans.of(q, b, h), bound, options, b, h, h / group);
+        const offset_t items = offset_t{q.batch()} * q.heads(), in_turn = worker_count();
+        for_each_item(items, workspace, options.workspace != nullptr, [&](offset_t item, detail::Workers& workers) {
+            const auto [b, h, kh] = head_at(item, k.heads(), group);
+            auto head = make_head<T>(q, k, v, plans.of(q, b, h), bound, options, b, h, kh);
+            std::array<MatrixView<const T>, 4> next;
+            if constexpr (!kernel)
+                if (item + in_turn < items) {
+                    const auto [nb, nh, nk] = head_at(item + in_turn, k.heads(), group);
+                    head.next = next = {q.head(nb, nh), k.head(nb, nk), v.head(nb, nk), out.head(nb, nh)};
+                }
             const detail::HeadResult<T> result{out.head(b, h), accumulate, logsumexp ? logsumexp + item * q.tokens() : nullptr, hops ? hops + item * lines : nullptr,
                                                states ? states + item * states_of_head : nullptr};
             if constexpr (std::is_same_v<Backend, Reference>) detail::reference::forward(head, result, workers);

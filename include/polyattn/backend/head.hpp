@@ -28,6 +28,7 @@ struct Head {
     index_t query_length, key_length;  // queries and keys behind these are padding
     DropoutMask dropout;
     std::size_t weight_budget;  // bytes of stored weights
+    std::span<const MatrixView<const T>> next = {};  // what the head after this one reads and writes; a hint
 };
 
 /// The same for kernel scores. Queries see all keys, or, causal, those up to their own position.

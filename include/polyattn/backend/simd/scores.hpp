@@ -3,6 +3,7 @@
 
 #include <polyattn/backend/head.hpp>
 #include <polyattn/backend/simd/exp2.hpp>
+#include <polyattn/backend/simd/fetch_ahead.hpp>
 #include <polyattn/backend/simd/rows.hpp>
 #include <polyattn/backend/simd/tiles.hpp>
 
@@ -215,13 +216,14 @@ struct ScoredGroup {
 /// which follow the scores, and summed. Otherwise relative to the references as they are (the rows' logsumexp), so they are final.
 template <bool Online, class T, class A, class Bias, std::size_t Groups>
 POLYATTN_NOINLINE void score_block(const Block& block, const Head<T, Bias>& head, const DistanceTable<T, Bias>& distances, const std::array<ScoredGroup<T>, Groups>& groups,
-                                   const T* queries, Rows<T> keys) {
+                                   const T* queries, Rows<T> keys, FetchAhead<T>& ahead) {
     using V = Vec<T, A>;
     using K = Tiling<T, A>;
     constexpr int G = Groups, of_group = K::group_vectors, vectors = G * of_group, lanes = K::lanes;
     const auto group_of = [&](int vector) POLYATTN_INLINE_LAMBDA -> const ScoredGroup<T>& { return groups[static_cast<std::size_t>(vector % vectors / of_group)]; };
     for (const ScoredGroup<T>& of : groups) of.state->weights = of.weights;
     const auto tile = [&]<int M>(std::integral_constant<int, M>, index_t p) POLYATTN_INLINE_LAMBDA {
+        ahead();
         TileScores<T, A, M, G> score;
         V start[vectors];
         expand<vectors>([&]<int... I>(Ints<I...>) POLYATTN_INLINE_LAMBDA { ((start[I] = V(T(0)) - V::load_aligned(group_of(I).state->reference + I % of_group * lanes)), ...); });

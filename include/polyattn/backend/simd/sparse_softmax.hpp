@@ -80,6 +80,7 @@ public:
             scratch.keys.prepare(schedule_.list_capacity(), head.k.cols, own);
             scratch.values.prepare(schedule_.list_capacity(), columns_, own);
         }
+        if (workers.count() == 1) scratch_[0].ahead.start(head.next, schedule_.weight_rows() * Tiles::group_vectors / Tiles::score_keys(1));
     }
 
     /// Columns of V padded to whole vectors: the width of every x and out below.
@@ -148,6 +149,7 @@ protected:
         GroupState<T>* states;  // of a unit's groups, as are queries and out
         T *queries, *weights, *out, *block_references;
         GatheredRows<T> keys, values;
+        FetchAhead<T> ahead;
     };
     /// A block of one group of a unit, and where its weights (and their gradients) are.
     struct UnitBlock {
@@ -297,7 +299,7 @@ protected:
         for_each_alike(blocks, [&]<std::size_t G>(std::span<const UnitBlock, G> alike) {
             std::array<ScoredGroup<T>, G> groups;
             for (std::size_t g = 0; g < G; ++g) groups[g] = {&group_of(unit, alike[g].slot), &state(scratch, alike[g].slot), alike[g].weights};
-            score_block<Online, T, A>(alike[0].block, head_, distances_, groups, queries_of(scratch, alike[0].slot), block_keys(alike[0], scratch));
+            score_block<Online, T, A>(alike[0].block, head_, distances_, groups, queries_of(scratch, alike[0].slot), block_keys(alike[0], scratch), scratch.ahead);
         });
     }
 
