@@ -9,15 +9,15 @@ POLYATTN_BEGIN_NAMESPACE
 
 namespace detail::simd {
 
-/// What the next head reads and writes, fetched some lines at a time while the head at hand is worked on: many short sequences would wait for memory
-/// otherwise.
+/// What is wanted next, fetched some lines at a time while something else is worked on: the next head of many short ones, the next block of long ones.
 template <class T>
 class FetchAhead {
 public:
     static constexpr std::size_t most_matrices = 8;
 
-    /// `calls` calls of operator() fetch all of `matrices`; nothing where they would push the head at hand out of the second-level cache.
+    /// `calls` calls of operator() fetch all of `matrices`; nothing where they would push what is at hand out of the second-level cache.
     void start(std::span<const MatrixView<const T>> matrices, offset_t calls) {
+        count_ = 0;
         offset_t lines = 0;
         for (const MatrixView<const T>& matrix : matrices) {
             if (matrix.col_stride != 1) return;

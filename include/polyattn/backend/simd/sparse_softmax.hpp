@@ -100,7 +100,7 @@ public:
             for (int w = 0; w < workers_.count(); ++w) scratch_[static_cast<std::size_t>(w)].block_references = workers_[w].template take<T>(references).data();
         }
         for_each_unit([&](const Unit& unit, Scratch& scratch) {
-            online_weights(unit, scratch, [](const UnitBlock&) {});
+            online_weights(unit, k_, scratch, [](const UnitBlock&) {});
             if (stored_) join_blocks(unit, scratch);
             finish_unit(unit, scratch, wants_logsumexp || !stored_);
         });
@@ -120,7 +120,7 @@ public:
         start_rows(v, hop, out, out_stride);
         for_each_unit([&](const Unit& unit, Scratch& scratch) {
             twice_if_masked(unit, scratch, [&](bool careful) {
-                online_weights(unit, scratch, [&](const UnitBlock& at) { accumulate(at, x, scratch, careful); });
+                online_weights(unit, x, scratch, [&](const UnitBlock& at) { accumulate(at, x, scratch, careful); });
             });
             finish_unit(unit, scratch, wants_logsumexp);
             if (!rows_are_lanes())
@@ -312,14 +312,25 @@ protected:
         return {keys.row(at.block.first), keys.stride};
     }
 
-    /// Weights of a unit's groups relative to running references, f(block) after each.
+    /// The block after this one, once a range of a wide unit, where keys and values lie behind the second-level cache.
+    void fetch_next_block(const Unit& unit, const UnitBlock& at, Rows<T> values, FetchAhead<T>& ahead) const {
+        constexpr offset_t far = (offset_t{1} << 20) / static_cast<offset_t>(sizeof(T));
+        if (!unit.wide || at.slot != 0 || at.piece->list_slot >= 0 || offset_t{at.piece->span.size()} * (dim_ + columns_) <= far) return;
+        const index_t after = at.block.first + at.block.keys, first = after < at.piece->span.end ? after : at.piece->span.begin;
+        const index_t key = at.block.tile->keys[first], rows = std::min(at.block.keys, at.piece->span.end - first);
+        const MatrixView<const T> next[] = {{k_.row(key), rows, dim_, k_.stride, 1}, {values.row(key), rows, columns_, values.stride, 1}};
+        ahead.start(next, offset_t{at.block.keys} * static_cast<offset_t>(unit.groups()) * Tiles::group_vectors / Tiles::score_keys(1));
+    }
+
+    /// Weights of a unit's groups relative to running references, f(block) after each. `values` are what they are for.
     template <class F>
-    void online_weights(const Unit& unit, Scratch& scratch, F&& f) {
+    void online_weights(const Unit& unit, Rows<T> values, Scratch& scratch, F&& f) {
         for (std::size_t slot = 0; slot < unit.groups(); ++slot) state(scratch, slot).start(out_of(scratch, slot), columns_);
         pack_queries(unit, scratch);
         T* reference = scratch.block_references;
         for_each_block(unit, [&](std::span<UnitBlock> blocks) {
             place_weights(blocks, stored_, scratch);
+            fetch_next_block(unit, blocks[0], values, scratch.ahead);
             make_weights<true>(blocks, unit, scratch);
             for (const UnitBlock& at : blocks) {
                 if (head_.dropout.drops_weights()) drop_weights(at.block, head_.dropout, group_of(unit, at.slot), at.weights);

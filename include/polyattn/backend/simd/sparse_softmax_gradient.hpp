@@ -217,6 +217,7 @@ public:
                     if (d_v) pack_lanes(group, terms[0].g, T(1), columns_, this->out_of(scratch, slot), bad_x_);
                 }
                 for_each_shared_block(unit, own, [&](std::span<const UnitBlock> blocks, Bounds range) {
+                    this->fetch_next_block(unit, blocks[0], terms[0].z, scratch.ahead);
                     if (!read) this->compute_final(blocks, unit, scratch, false);
                     Base::for_each_alike(blocks, [&](auto alike) {
                         score_gradients(alike, own.g + alike[0].slot * terms.size() * term_size, own.means + alike[0].slot * group_size, terms, own.z);
