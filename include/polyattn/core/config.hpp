@@ -63,6 +63,15 @@
 #define POLYATTN_INLINE_LAMBDA
 #endif
 
+// In front of the inner loops of register tiles, where counters and pointers compete with the multiply-adds for ports.
+#if defined(__clang__)
+#define POLYATTN_UNROLL_4 _Pragma("clang loop unroll_count(4)")
+#elif defined(__GNUC__)
+#define POLYATTN_UNROLL_4 _Pragma("GCC unroll 4")
+#else
+#define POLYATTN_UNROLL_4
+#endif
+
 // Call operators of policies run inside kernels of every backend.
 #if defined(__CUDACC__)
 #define POLYATTN_HOST_DEVICE __host__ __device__

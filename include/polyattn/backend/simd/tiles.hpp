@@ -47,6 +47,7 @@ POLYATTN_ALWAYS_INLINE void score_tile(TileScores<T, A, M, G>& acc, const T* key
     // Four base pointers and one offset address all rows; a row stride known only at run time costs nothing then.
     const T* const base[4] = {keys, keys + stride, keys + 2 * stride, keys + 3 * stride};
     const std::ptrdiff_t four = 4 * stride;
+    POLYATTN_UNROLL_4
     for (index_t t = 0; t < dim; ++t) {
         V query[vectors];
         expand<vectors>([&]<int... I>(Ints<I...>) POLYATTN_INLINE_LAMBDA { ((query[I] = V::load_aligned(queries + I / of_group * group_stride + t * group_size + I % of_group * lanes)), ...); });
@@ -65,6 +66,7 @@ POLYATTN_ALWAYS_INLINE void weighted_sum_tile(const T* weights, const T* x, std:
     V acc[M * N];
     if (add) expand<M * N>([&]<int... I>(Ints<I...>) POLYATTN_INLINE_LAMBDA { ((acc[I] = V::load_unaligned(out + I / N * out_stride + I % N * lanes)), ...); });
     else expand<M * N>([&]<int... I>(Ints<I...>) POLYATTN_INLINE_LAMBDA { ((acc[I] = V(T(0))), ...); });
+    POLYATTN_UNROLL_4
     for (index_t key = 0; key < keys; ++key) {
         V row[N];
         expand<N>([&]<int... I>(Ints<I...>) POLYATTN_INLINE_LAMBDA { ((row[I] = in_register<T, A>(V::load_unaligned(x + I * lanes))), ...); });
@@ -82,6 +84,7 @@ POLYATTN_ALWAYS_INLINE void row_sum_tile(Vec<T, A> (&acc)[M * N], const T* a, st
     constexpr int lanes = Tiling<T, A>::lanes;
     const T* const base[4] = {a, a + a_stride, a + 2 * a_stride, a + 3 * a_stride};
     const std::ptrdiff_t four = 4 * a_stride;
+    POLYATTN_UNROLL_4
     for (index_t t = 0; t < inner; ++t) {
         V row[N];
         expand<N>([&]<int... I>(Ints<I...>) POLYATTN_INLINE_LAMBDA { ((row[I] = in_register<T, A>(V::load_unaligned(x + I * lanes))), ...); });
@@ -105,6 +108,7 @@ POLYATTN_ALWAYS_INLINE void transposed_sum_tile(Vec<T, A> (&acc)[M * N], const T
     using V = Vec<T, A>;
     constexpr int lanes = Tiling<T, A>::lanes;
     x += first * x_stride;
+    POLYATTN_UNROLL_4
     for (int query = first; query < last; ++query) {
         V row[N];
         expand<N>([&]<int... I>(Ints<I...>) POLYATTN_INLINE_LAMBDA { ((row[I] = in_register<T, A>(V::load_unaligned(x + I * lanes))), ...); });
