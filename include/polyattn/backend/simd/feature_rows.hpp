@@ -3,6 +3,7 @@
 
 #include <polyattn/backend/head.hpp>
 #include <polyattn/backend/simd/exp2.hpp>
+#include <polyattn/backend/simd/fetch_ahead.hpp>
 #include <polyattn/backend/simd/tiles.hpp>
 
 POLYATTN_BEGIN_NAMESPACE
@@ -50,29 +51,6 @@ POLYATTN_ALWAYS_INLINE Vec<T, A> through_features(const F& map, Vec<T, A> x, Vec
     }
 }
 
-/// Rows that will be read next: tiles fetch a few lines of them at a time, so that memory works while they compute.
-template <class T>
-class NextRows {
-public:
-    NextRows() = default;
-    /// Rows [first, last) in as many equal steps.
-    NextRows(Rows<T> rows, index_t first, index_t last, index_t columns, index_t steps)
-        : rows_(rows), at_(first), last_(last), columns_(columns), step_(last > first && steps > 0 ? static_cast<index_t>((offset_t{last - first} * ((columns + line - 1) / line) + steps - 1) / steps) : 0) {}
-    POLYATTN_ALWAYS_INLINE void step() {
-        for (index_t l = 0; l < step_ && at_ < last_; ++l) {
-            prefetch(rows_.row(at_) + column_);
-            if ((column_ += line) >= columns_) {
-                column_ = 0;
-                ++at_;
-            }
-        }
-    }
-
-private:
-    static constexpr index_t line = 64 / sizeof(T);
-    Rows<T> rows_;
-    index_t at_ = 0, last_ = 0, columns_ = 0, column_ = 0, step_ = 0;
-};
 /// Tiles of a product with so many rows and columns.
 template <class T, class A>
 index_t tile_count(index_t rows, index_t columns) {

@@ -9,7 +9,40 @@ POLYATTN_BEGIN_NAMESPACE
 
 namespace detail::simd {
 
-/// What is wanted next, fetched some lines at a time while something else is worked on: the next head of many short ones, the next block of long ones.
+/// Rows that will be wanted next, fetched a few lines at a time, so that memory works while tiles compute.
+template <class T>
+class NextRows {
+public:
+    NextRows() = default;
+    /// `rows` rows from `first` on in so many equal steps.
+    NextRows(const T* first, std::ptrdiff_t stride, index_t rows, index_t columns, offset_t steps) : at_(first), row_(first), stride_(stride), rows_(rows), size_(columns) {
+        if (stride == columns) {  // one long row
+            rows_ = std::min(rows, 1);
+            size_ *= rows;
+        }
+        const offset_t lines = (size_ + line - 1) / line * rows_;
+        step_ = steps > 0 ? (lines + steps - 1) / steps : 0;
+    }
+
+    POLYATTN_ALWAYS_INLINE void step() {
+        for (offset_t lines = step_; lines > 0 && rows_ > 0;) {
+            const T* const end = row_ + size_;
+            for (; at_ < end && lines > 0; at_ += line, --lines) prefetch(at_);
+            if (at_ < end) return;
+            at_ = row_ += stride_;
+            --rows_;
+        }
+    }
+
+private:
+    static constexpr std::ptrdiff_t line = 64 / sizeof(T);
+    const T *at_ = nullptr, *row_ = nullptr;  // the next line, and the row that it is in
+    std::ptrdiff_t stride_ = 0;
+    index_t rows_ = 0;                        // that are left
+    offset_t size_ = 0, step_ = 0;            // of a row, of a step in lines
+};
+
+/// What is wanted after the work at hand, fetched beside it: the next head of many short ones, the next block of long ones.
 template <class T>
 class FetchAhead {
 public:
@@ -17,56 +50,27 @@ public:
 
     /// `calls` calls of operator() fetch all of `matrices`; nothing where they would push what is at hand out of the second-level cache.
     void start(std::span<const MatrixView<const T>> matrices, offset_t calls) {
+        constexpr offset_t most_values = (offset_t{256} << 10) / static_cast<offset_t>(sizeof(T));
         count_ = 0;
-        offset_t lines = 0;
+        offset_t values = 0;
         for (const MatrixView<const T>& matrix : matrices) {
             if (matrix.col_stride != 1) return;
-            lines += offset_t{matrix.rows} * matrix.cols / values_of_line;
+            values += offset_t{matrix.rows} * matrix.cols;
         }
-        if (lines > most_lines || calls == 0) return;
-        for (const MatrixView<const T>& matrix : matrices.first(std::min(matrices.size(), most_matrices))) cursors_[count_++].start(matrix, calls);
+        if (values > most_values) return;
+        for (const MatrixView<const T>& matrix : matrices) rows_[count_++] = NextRows<T>(matrix.data, matrix.row_stride, matrix.rows, matrix.cols, calls);
     }
 
     POLYATTN_ALWAYS_INLINE void operator()() {
-        if (count_ > 0) fetch();
+        if (count_ > 0) step();
     }
 
 private:
-    static constexpr offset_t most_lines = 4096;  // 256 KiB
-    static constexpr index_t values_of_line = 64 / static_cast<index_t>(sizeof(T));
-
-    struct Cursor {
-        const T *at, *row;     // the next line, and the row that it is in
-        index_t rows;          // that are left
-        offset_t size;         // of a row
-        std::ptrdiff_t stride;
-        offset_t lines_a_call;
-
-        /// Rows that follow one another are one.
-        void start(const MatrixView<const T>& matrix, offset_t calls) {
-            const bool whole = matrix.row_stride == matrix.cols;
-            at = row = matrix.data;
-            rows = whole ? 1 : matrix.rows;
-            size = whole ? offset_t{matrix.rows} * matrix.cols : offset_t{matrix.cols};
-            stride = matrix.row_stride;
-            lines_a_call = (offset_t{matrix.rows} * matrix.cols / values_of_line + calls - 1) / calls;
-        }
-        void fetch() {
-            for (offset_t lines = lines_a_call; lines > 0 && rows > 0;) {
-                const T* const end = row + size;
-                for (; at < end && lines > 0; at += values_of_line, --lines) prefetch(at);
-                if (at < end) return;
-                at = row += stride;
-                --rows;
-            }
-        }
-    };
-
-    POLYATTN_NOINLINE void fetch() {
-        for (std::size_t m = 0; m < count_; ++m) cursors_[m].fetch();
+    POLYATTN_NOINLINE void step() {
+        for (std::size_t i = 0; i < count_; ++i) rows_[i].step();
     }
 
-    Cursor cursors_[most_matrices];
+    NextRows<T> rows_[most_matrices];
     std::size_t count_ = 0;
 };
 

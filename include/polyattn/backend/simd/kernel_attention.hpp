@@ -221,7 +221,9 @@ protected:
             for (index_t j = first; j < first + count; ++j) add_scaled<T, A>(T(1), z.row(j), columns_, total);
     }
     /// The next block of some rows, to fetch in so many steps.
-    static NextRows<T> next_rows(Rows<T> rows, index_t first, index_t length, index_t columns, index_t steps) { return {rows, first, std::min(first + block, length), columns, steps}; }
+    static NextRows<T> next_rows(Rows<T> rows, index_t first, index_t length, index_t columns, index_t steps) {
+        return {rows.row(first), rows.stride, std::clamp(length - first, index_t{0}, block), columns, steps};
+    }
     static void add_rows(const T* rows, index_t columns, index_t count, T* to) {
         for (index_t c = 0; c < columns; c += width) {
             V sum = V::load_aligned(to + c);
