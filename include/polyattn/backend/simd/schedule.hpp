@@ -45,8 +45,8 @@ struct Group {
     std::size_t first_piece, last_piece;
 };
 
-/// Consecutive groups that look at the same tiles and are worked on together. Wide ones (long spans, or such as all queries see alike) take one block of
-/// keys after the other, all groups each time; the others (windows) forward group by group, backward together.
+/// Consecutive groups that look at the same tiles and are worked on together. Wide ones (long spans) take one block of keys after
+/// the other, all groups each time; the others (windows) forward two groups at a time at most, backward together.
 struct Unit {
     std::size_t first, last;
     bool wide;
@@ -243,14 +243,10 @@ private:
 
     void form_units(const Plan& plan) {
         constexpr index_t wide_keys = 1024;
-        const auto is_wide = [&](const Group& group) {
+        const auto keys_of = [&](const Group& group) {
             offset_t keys = 0;
-            bool masked = false;
-            for (const Piece& piece : pieces(group)) {
-                keys += piece.span.size();
-                masked |= piece.masked;
-            }
-            return keys >= wide_keys || !masked;
+            for (const Piece& piece : pieces(group)) keys += piece.span.size();
+            return keys;
         };
         const auto same_tiles = [&](const Group& a, const Group& b) {
             return std::ranges::equal(pieces(a), pieces(b), {}, &Piece::tile, &Piece::tile);
@@ -258,7 +254,7 @@ private:
         // Enough units for some threads, whatever their number.
         const std::size_t wide_groups = std::clamp<std::size_t>(groups_.size() / 16, 2, most_groups);
         for (std::size_t g = 0; g < groups_.size(); ++g) {
-            const bool wide = is_wide(groups_[g]);
+            const bool wide = keys_of(groups_[g]) >= wide_keys;
             if (!units_.empty() && units_.back().wide == wide && units_.back().groups() < (wide ? wide_groups : most_narrow_groups) &&
                 same_tiles(groups_[units_.back().first], groups_[g]))
                 units_.back().last = g + 1;

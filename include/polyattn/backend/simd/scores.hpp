@@ -204,59 +204,63 @@ POLYATTN_NOINLINE void mask_scores(const Block& block, index_t p, int keys, T* s
         if (block.is_excluded(p + i)) std::fill_n(scores + i * group_size, group_size, masked_score<T>);
 }
 
-/// A group whose weights of a block are made.
+/// A group whose weights of a block are made. The state's `weights` are those of the block's first key.
 template <class T>
 struct ScoredGroup {
     const Group* group;
+    const Block* block;
+    const T* queries;
     GroupState<T>* state;
-    T* weights;  // [key][16]
+    T* weights_at(index_t position) const { return state->weights + offset_t{position - block->first} * group_size; }
 };
 
-/// Weights of a block, for groups that all see it alike; `queries` are theirs, one group behind the other. Online: relative to the states' references,
-/// which follow the scores, and summed. Otherwise relative to the references as they are (the rows' logsumexp), so they are final.
+/// Weights, [key][16], of keys [positions) of a tile for groups that all see some of each of them; `keys` are the tile's. Online: relative to the states'
+/// references, which follow the scores, and summed. Otherwise relative to the references as they are (the rows' logsumexp), so they are final.
 template <bool Online, class T, class A, class Bias, std::size_t Groups>
-POLYATTN_NOINLINE void score_block(const Block& block, const Head<T, Bias>& head, const DistanceTable<T, Bias>& distances, const std::array<ScoredGroup<T>, Groups>& groups,
-                                   const T* queries, Rows<T> keys, FetchAhead<T>& ahead) {
+POLYATTN_NOINLINE void score_block(Bounds positions, const Head<T, Bias>& head, const DistanceTable<T, Bias>& distances, const std::array<ScoredGroup<T>, Groups>& groups, Rows<T> keys,
+                                   FetchAhead<T>& ahead) {
     using V = Vec<T, A>;
     using K = Tiling<T, A>;
     constexpr int G = Groups, of_group = K::group_vectors, vectors = G * of_group, lanes = K::lanes;
     const auto group_of = [&](int vector) POLYATTN_INLINE_LAMBDA -> const ScoredGroup<T>& { return groups[static_cast<std::size_t>(vector % vectors / of_group)]; };
-    for (const ScoredGroup<T>& of : groups) of.state->weights = of.weights;
-    const auto tile = [&]<int M>(std::integral_constant<int, M>, index_t p) POLYATTN_INLINE_LAMBDA {
+    const auto tile = [&]<int M>(std::integral_constant<int, M>, index_t at) POLYATTN_INLINE_LAMBDA {
+        const index_t position = positions.begin + at;
         ahead();
         TileScores<T, A, M, G> score;
         V start[vectors];
         expand<vectors>([&]<int... I>(Ints<I...>) POLYATTN_INLINE_LAMBDA { ((start[I] = V(T(0)) - V::load_aligned(group_of(I).state->reference + I % of_group * lanes)), ...); });
         expand<M * vectors>([&]<int... I>(Ints<I...>) POLYATTN_INLINE_LAMBDA { ((score[I] = start[I % vectors]), ...); });
-        score_tile<M, G, T, A>(score, keys.row(p), keys.stride, queries, std::ptrdiff_t{head.q.cols} * group_size, head.q.cols);
+        score_tile<M, G, T, A>(score, keys.row(position), keys.stride, groups[0].queries, groups[G - 1].queries - groups[0].queries, head.q.cols);
+        T* out[G];
+        for (int g = 0; g < G; ++g) out[g] = groups[static_cast<std::size_t>(g)].weights_at(position);
+        const auto place = [&](int vector) POLYATTN_INLINE_LAMBDA { return out[vector % vectors / of_group] + vector / vectors * group_size + vector % of_group * lanes; };
         // Rare cases are out of line and go through memory, where the weights will be: the tile itself must never have an address, or
         // it lives there.
-        const auto out = [&](const ScoredGroup<T>& of) POLYATTN_INLINE_LAMBDA { return of.weights + p * group_size; };
-        const auto place = [&](int vector) POLYATTN_INLINE_LAMBDA { return out(group_of(vector)) + vector / vectors * group_size + vector % of_group * lanes; };
-        const auto through_memory = [&](auto&& f) POLYATTN_INLINE_LAMBDA {
-            expand<M * vectors>([&]<int... I>(Ints<I...>) POLYATTN_INLINE_LAMBDA { (score[I].store_aligned(place(I)), ...); });
-            for (int g = 0; g < G; ++g) f(g, groups[static_cast<std::size_t>(g)]);
-            expand<M * vectors>([&]<int... I>(Ints<I...>) POLYATTN_INLINE_LAMBDA { ((score[I] = V::load_aligned(place(I))), ...); });
+        const auto through_memory = [&](auto g, auto&& f) POLYATTN_INLINE_LAMBDA {
+            const auto for_own = [&](auto&& move) POLYATTN_INLINE_LAMBDA {
+                unroll<M * of_group>([&](auto v) POLYATTN_INLINE_LAMBDA { move(std::integral_constant<int, v / of_group * vectors + g * of_group + v % of_group>{}); });
+            };
+            for_own([&](auto i) POLYATTN_INLINE_LAMBDA { score[i].store_aligned(place(i)); });
+            f();
+            for_own([&](auto i) POLYATTN_INLINE_LAMBDA { score[i] = V::load_aligned(place(i)); });
         };
-        if constexpr (!std::is_same_v<Bias, NoBias>) {
-            const T* near[G] = {};  // of the last key
-            bool all_near = false;
-            if constexpr (DistanceTable<T, Bias>::exists)
-                if (!block.tile->keys.is_list()) {
-                    all_near = true;
-                    for (int g = 0; g < G; ++g) {
-                        const Group& group = *groups[static_cast<std::size_t>(g)].group;
-                        if (group.consecutive && distances.row(group.rows[0], block.key(p))) near[g] = distances.row(group.rows[0], block.key(p + M - 1));
-                        all_near &= near[g] != nullptr;
-                    }
-                }
-            if (all_near)  // queries and keys run on: the rows of later keys lie before
-                expand<M * vectors>([&]<int... I>(Ints<I...>) POLYATTN_INLINE_LAMBDA {
-                    ((score[I] = score[I] + V::load_unaligned(near[I % vectors / of_group] + (M - 1 - I / vectors) + I % of_group * lanes)), ...);
-                });
-            else through_memory([&](int, const ScoredGroup<T>& of) { add_biases<T, A>(block, head, distances, *of.group, p, M, out(of)); });
-        }
-        if (p < block.all_begin || p + M > block.all_end || !block.excluded.empty()) through_memory([&](int, const ScoredGroup<T>& of) { mask_scores<T, A>(block, p, M, out(of)); });
+        unroll<G>([&](auto g) POLYATTN_INLINE_LAMBDA {
+            const ScoredGroup<T>& own = groups[g];
+            const Block& block = *own.block;
+            const index_t p = position - block.first;
+            if constexpr (!std::is_same_v<Bias, NoBias>) {
+                const T* near = nullptr;  // of the last key
+                if constexpr (DistanceTable<T, Bias>::exists)
+                    if (own.group->consecutive && !block.tile->keys.is_list() && distances.row(own.group->rows[0], block.key(p))) near = distances.row(own.group->rows[0], block.key(p + M - 1));
+                if (near)  // queries and keys run on: the rows of later keys lie before
+                    unroll<M * of_group>([&](auto v) POLYATTN_INLINE_LAMBDA {
+                        constexpr int i = v / of_group * vectors + g * of_group + v % of_group;
+                        score[i] = score[i] + V::load_unaligned(near + (M - 1 - v / of_group) + v % of_group * lanes);
+                    });
+                else through_memory(g, [&] { add_biases<T, A>(block, head, distances, *own.group, p, M, out[g]); });
+            }
+            if (p < block.all_begin || p + M > block.all_end || !block.excluded.empty()) through_memory(g, [&] { mask_scores<T, A>(block, p, M, out[g]); });
+        });
         if constexpr (Online) {
             V highest[vectors];
             expand<vectors>([&]<int... I>(Ints<I...>) POLYATTN_INLINE_LAMBDA { ((highest[I] = score[I]), ...); });
@@ -266,7 +270,9 @@ POLYATTN_NOINLINE void score_block(const Block& block, const Head<T, Bias>& head
             if (raise) [[unlikely]] {
                 alignas(64) T tile_highest[G * group_size];
                 expand<vectors>([&]<int... I>(Ints<I...>) POLYATTN_INLINE_LAMBDA { (highest[I].store_aligned(tile_highest + I * lanes), ...); });
-                through_memory([&](int g, const ScoredGroup<T>& of) { raise_reference<T, A>(out(of), M, tile_highest + g * group_size, *of.state, out(of)); });
+                unroll<G>([&](auto g) POLYATTN_INLINE_LAMBDA {
+                    through_memory(g, [&] { raise_reference<T, A>(out[g], M, tile_highest + g * group_size, *groups[g].state, out[g]); });
+                });
             }
         }
         expand<M * vectors>([&]<int... I>(Ints<I...>) POLYATTN_INLINE_LAMBDA {
@@ -280,7 +286,7 @@ POLYATTN_NOINLINE void score_block(const Block& block, const Head<T, Bias>& head
                 (sum[J].store_aligned(group_of(J).state->sum + J % of_group * lanes), ...);
             });
     };
-    for_each_key_tile<K::score_keys(G)>(block.keys, tile);
+    for_each_key_tile<K::score_keys(G)>(positions.size(), tile);
 }
 
 /// Multiplies the weights of a block by dropout's mask.

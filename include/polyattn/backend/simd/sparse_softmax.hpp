@@ -197,9 +197,9 @@ protected:
         const index_t step = ((span.size() + ranges - 1) / ranges + span_unit - 1) / span_unit * span_unit;
         for (index_t first = span.begin; first < span.end; first += step) f(Bounds{first, std::min(first + step, span.end)});
     }
-    Bounds span_of(const Unit& unit, std::size_t p) const {
-        Bounds span = schedule_.pieces(group_of(unit, 0))[p].span;
-        for (std::size_t slot = 1; slot < unit.groups(); ++slot) {
+    Bounds span_of(const Unit& unit, std::size_t first, std::size_t last, std::size_t p) const {
+        Bounds span = schedule_.pieces(group_of(unit, first))[p].span;
+        for (std::size_t slot = first + 1; slot < last; ++slot) {
             const Bounds own = schedule_.pieces(group_of(unit, slot))[p].span;
             span = {std::min(span.begin, own.begin), std::max(span.end, own.end)};
         }
@@ -210,60 +210,68 @@ protected:
         return {slot, block_of(unit, slot, p, range), &schedule_.pieces(group_of(unit, slot))[p], nullptr, nullptr};
     }
 
-    /// f(blocks), up to score_groups of them that have keys: key blocks outermost for wide units, groups outermost for others.
+    /// Groups of a unit whose keys are cut into the same ranges, and how long these are.
+    static std::size_t groups_together(const Unit& unit) { return unit.wide ? unit.groups() : Tiles::score_groups; }
+    static index_t range_size(const Unit& unit) { return unit.wide ? Tiles::shared_key_block : Tiles::key_block / Tiles::score_groups; }
+    /// f(first slot, last slot, piece, span): wide units as a whole, others by so many groups as are scored at once.
+    template <class F>
+    void for_each_span(const Unit& unit, F&& f) const {
+        for (std::size_t first = 0; first < unit.groups(); first += groups_together(unit)) {
+            const std::size_t last = std::min(first + groups_together(unit), unit.groups());
+            for (std::size_t p = 0; p < pieces_of(unit); ++p) f(first, last, p, span_of(unit, first, last, p));
+        }
+    }
+    /// f(blocks), up to score_groups of them, which have keys.
     template <class F>
     void for_each_block(const Unit& unit, F&& f) const {
-        if (unit.wide) {
-            UnitBlock blocks[Tiles::score_groups];
-            for (std::size_t p = 0; p < pieces_of(unit); ++p)
-                for_each_range(span_of(unit, p), Tiles::shared_key_block, [&](Bounds range) {
-                    std::size_t count = 0;
-                    for (std::size_t slot = 0; slot < unit.groups(); ++slot) {
-                        if ((blocks[count] = unit_block(unit, slot, p, range)).block.keys > 0) ++count;
-                        if (count < Tiles::score_groups && (count == 0 || slot + 1 < unit.groups())) continue;
-                        f(std::span<UnitBlock>(blocks, count));
-                        count = 0;
-                    }
-                });
-        } else
-            for (std::size_t slot = 0; slot < unit.groups(); ++slot)
-                for (std::size_t p = 0; p < pieces_of(unit); ++p)
-                    for_each_range(schedule_.pieces(group_of(unit, slot))[p].span, Tiles::key_block, [&](Bounds range) {
-                        UnitBlock at = unit_block(unit, slot, p, range);
-                        if (at.block.keys > 0) f(std::span<UnitBlock>(&at, 1));
-                    });
-    }
-
-    /// f(span of G blocks) for those next to each other of which all queries see the same keys, and for the others one by one.
-    template <class F>
-    static void for_each_alike(std::span<const UnitBlock> blocks, F&& f) {
-        constexpr std::size_t most = Tiles::score_groups;
-        while (!blocks.empty()) {
-            if constexpr (most > 1)
-                if (blocks.size() >= most && std::ranges::all_of(blocks.first(most), [&, slot = blocks[0].slot](const UnitBlock& at) mutable {
-                        return at.slot == slot++ && !at.block.masked && at.block.first == blocks[0].block.first && at.block.keys == blocks[0].block.keys;
-                    })) {
-                    f(blocks.template first<most>());
-                    blocks = blocks.subspan(most);
-                    continue;
+        UnitBlock blocks[Tiles::score_groups];
+        for_each_span(unit, [&](std::size_t first, std::size_t last, std::size_t p, Bounds span) {
+            for_each_range(span, range_size(unit), [&](Bounds range) {
+                std::size_t count = 0;
+                for (std::size_t slot = first; slot < last; ++slot) {
+                    if ((blocks[count] = unit_block(unit, slot, p, range)).block.keys > 0) ++count;
+                    if (count == 0 || (count < Tiles::score_groups && slot + 1 < last)) continue;
+                    f(std::span<UnitBlock>(blocks, count));
+                    count = 0;
                 }
-            f(blocks.template first<1>());
-            blocks = blocks.subspan(1);
-        }
+            });
+        });
     }
     /// Blocks of any unit, counting those that turn out to be padding.
     offset_t most_blocks() const {
         offset_t most = 0;
         for (const Unit& unit : schedule_.units()) {
             offset_t count = 0;
-            for (std::size_t p = 0; p < pieces_of(unit); ++p) {
-                const index_t block = unit.wide ? Tiles::shared_key_block : Tiles::key_block;
-                count += static_cast<offset_t>(unit.groups()) * ((span_of(unit, p).size() + block - 1) / block);
-            }
+            for_each_span(unit, [&](std::size_t first, std::size_t last, std::size_t, Bounds span) {
+                count += static_cast<offset_t>(last - first) * ((span.size() + range_size(unit) - 1) / range_size(unit));
+            });
             most = std::max(most, count);
         }
         return most;
     }
+
+    /// f(span of G blocks, key positions that all of them have): side by side as far as neighbours overlap, one by one where they do not.
+    template <class F>
+    static void for_each_overlap(std::span<const UnitBlock> blocks, F&& f) {
+        constexpr std::size_t most = Tiles::score_groups;
+        for (; !blocks.empty(); blocks = blocks.subspan(std::min(most, blocks.size()))) {
+            const auto together = blocks.first(std::min(most, blocks.size()));
+            Bounds shared = positions_of(together[0]);
+            for (const UnitBlock& at : together) shared = {std::max(shared.begin, positions_of(at).begin), std::min(shared.end, positions_of(at).end)};
+            const auto alone = [&](auto part_of) {
+                for (std::size_t i = 0; i < together.size(); ++i)
+                    if (const Bounds part = part_of(positions_of(together[i])); !part.empty()) f(together.subspan(i).template first<1>(), part);
+            };
+            if (together.size() < most || shared.empty()) {
+                alone([](Bounds own) { return own; });
+                continue;
+            }
+            alone([&](Bounds own) { return Bounds{own.begin, shared.begin}; });
+            f(together.template first<most>(), shared);
+            alone([&](Bounds own) { return Bounds{shared.end, own.end}; });
+        }
+    }
+    static Bounds positions_of(const UnitBlock& at) { return {at.block.first, at.block.first + at.block.keys}; }
 
     /// Edges of a row whose key is not padding.
     std::pair<offset_t, offset_t> edge_range(index_t i) const {
@@ -296,10 +304,12 @@ protected:
     }
     template <bool Online>
     void make_weights(std::span<const UnitBlock> blocks, const Unit& unit, Scratch& scratch) const {
-        for_each_alike(blocks, [&]<std::size_t G>(std::span<const UnitBlock, G> alike) {
+        for (const UnitBlock& at : blocks) state(scratch, at.slot).weights = at.weights;
+        for_each_overlap(blocks, [&]<std::size_t G>(std::span<const UnitBlock, G> overlap, Bounds positions) {
             std::array<ScoredGroup<T>, G> groups;
-            for (std::size_t g = 0; g < G; ++g) groups[g] = {&group_of(unit, alike[g].slot), &state(scratch, alike[g].slot), alike[g].weights};
-            score_block<Online, T, A>(alike[0].block, head_, distances_, groups, queries_of(scratch, alike[0].slot), block_keys(alike[0], scratch), scratch.ahead);
+            for (std::size_t g = 0; g < G; ++g) groups[g] = {&group_of(unit, overlap[g].slot), &overlap[g].block, queries_of(scratch, overlap[g].slot), &state(scratch, overlap[g].slot)};
+            const UnitBlock& at = overlap[0];
+            score_block<Online, T, A>(positions, head_, distances_, groups, scratch.keys.get(at.block.tile->keys, at.piece->list_slot, k_), scratch.ahead);
         });
     }
 
@@ -307,11 +317,6 @@ protected:
         for (std::size_t slot = 0; slot < unit.groups(); ++slot)
             pack_rows<T, A>(group_of(unit, slot).rows, q_, head_.q.cols, static_cast<T>(head_.scale * log2_e), queries_of(scratch, slot));
     }
-    Rows<T> block_keys(const UnitBlock& at, Scratch& scratch) const {
-        const Rows<T> keys = scratch.keys.get(at.block.tile->keys, at.piece->list_slot, k_);
-        return {keys.row(at.block.first), keys.stride};
-    }
-
     /// The block after this one, once a range of a wide unit, where keys and values lie behind the second-level cache.
     void fetch_next_block(const Unit& unit, const UnitBlock& at, Rows<T> values, FetchAhead<T>& ahead) const {
         constexpr offset_t far = (offset_t{1} << 20) / static_cast<offset_t>(sizeof(T));

@@ -219,9 +219,7 @@ public:
                 for_each_shared_block(unit, own, [&](std::span<const UnitBlock> blocks, Bounds range) {
                     this->fetch_next_block(unit, blocks[0], terms[0].z, scratch.ahead);
                     if (!read) this->compute_final(blocks, unit, scratch, false);
-                    Base::for_each_alike(blocks, [&](auto alike) {
-                        score_gradients(alike, own.g + alike[0].slot * terms.size() * term_size, own.means + alike[0].slot * group_size, terms, own.z);
-                    });
+                    Base::for_each_overlap(blocks, [&](auto overlap, Bounds positions) { score_gradients(overlap, positions, own, terms); });
                     for (const UnitBlock& at : blocks) {
                         const Group& group = group_of(unit, at.slot);
                         if (head_.dropout.drops_weights()) drop_gradients(at, group, own.means + at.slot * group_size);
@@ -289,7 +287,7 @@ private:
     void for_each_shared_block(const Unit& unit, const Buffers& buffers, F&& f) const {
         UnitBlock blocks[Schedule::most_groups];
         for (std::size_t p = 0; p < this->pieces_of(unit); ++p)
-            Base::for_each_range(this->span_of(unit, p), unit.wide ? Tiles::shared_key_block : Tiles::key_block, [&](Bounds range) {
+            Base::for_each_range(this->span_of(unit, 0, unit.groups(), p), unit.wide ? Tiles::shared_key_block : Tiles::key_block, [&](Bounds range) {
                 std::size_t count = 0;
                 for (std::size_t slot = 0; slot < unit.groups(); ++slot) {
                     UnitBlock& at = blocks[count];
@@ -378,28 +376,41 @@ private:
         });
     }
 
-    /// dL/dscore of blocks that are alike: weight * (dL/dA - row mean); with dropout on weights dL/dA alone. `g` and `means` are of the first one.
+    /// dL/dscore = weight * (dL/dA - row mean) of blocks at the key positions that all have; with dropout on weights dL/dA alone.
     template <std::size_t Groups>
-    void score_gradients(std::span<const UnitBlock, Groups> alike, const T* g, const T* means, std::span<const WeightGradientTerm<T>> terms, std::span<GatheredRows<T>> gathered) {
+    void score_gradients(std::span<const UnitBlock, Groups> blocks, Bounds positions, Buffers& own, std::span<const WeightGradientTerm<T>> terms) {
         using V = Vec<T, A>;
         constexpr int G = Groups, of_group = Tiles::group_vectors, vectors = G * of_group, lanes = Tiles::lanes;
-        const Block& block = alike[0].block;
         const bool drops = head_.dropout.drops_weights();
         const std::ptrdiff_t term_size = std::ptrdiff_t{head_.v.cols} * group_size;
-        const auto tile = [&]<int M>(std::integral_constant<int, M>, index_t p) POLYATTN_INLINE_LAMBDA {
+        const auto g_of = [&](const UnitBlock& at) { return own.g + static_cast<std::ptrdiff_t>(at.slot * terms.size()) * term_size; };
+        const T *weights[G], *means[G];
+        T* d_scores[G];
+        for (int g = 0; g < G; ++g) {
+            const UnitBlock& at = blocks[static_cast<std::size_t>(g)];
+            const offset_t skipped = offset_t{positions.begin - at.block.first} * group_size;
+            weights[g] = at.weights + skipped;
+            d_scores[g] = at.d_scores + skipped;
+            means[g] = own.means + at.slot * group_size;
+        }
+        const T* const g = g_of(blocks[0]);
+        const std::ptrdiff_t group_stride = g_of(blocks[G - 1]) - g;
+        const auto tile = [&]<int M>(std::integral_constant<int, M>, index_t key) POLYATTN_INLINE_LAMBDA {
             TileScores<T, A, M, G> sum;
-            expand<M * vectors>([&]<int... I>(Ints<I...>) POLYATTN_INLINE_LAMBDA { ((sum[I] = drops ? V(T(0)) : V(T(0)) - V::load_aligned(means + I % vectors * lanes)), ...); });
-            for (std::size_t t = 0; t < terms.size(); ++t) {
-                const Rows<T> z = gathered[t].get(block.tile->keys, alike[0].piece->list_slot, terms[t].z);
-                score_tile<M, G, T, A>(sum, z.row(block.first + p), z.stride, g + static_cast<std::ptrdiff_t>(t) * term_size, static_cast<std::ptrdiff_t>(terms.size()) * term_size, head_.v.cols);
-            }
-            const auto place = [&](int vector) POLYATTN_INLINE_LAMBDA { return offset_t{p + vector / vectors} * group_size + vector % of_group * lanes; };
             expand<M * vectors>([&]<int... I>(Ints<I...>) POLYATTN_INLINE_LAMBDA {
-                if (!drops) ((sum[I] = sum[I] * V::load_aligned(alike[I % vectors / of_group].weights + place(I))), ...);
-                (sum[I].store_aligned(alike[I % vectors / of_group].d_scores + place(I)), ...);
+                ((sum[I] = drops ? V(T(0)) : V(T(0)) - V::load_aligned(means[I % vectors / of_group] + I % of_group * lanes)), ...);
+            });
+            for (std::size_t t = 0; t < terms.size(); ++t) {
+                const Rows<T> z = own.z[t].get(blocks[0].block.tile->keys, blocks[0].piece->list_slot, terms[t].z);
+                score_tile<M, G, T, A>(sum, z.row(positions.begin + key), z.stride, g + static_cast<std::ptrdiff_t>(t) * term_size, group_stride, head_.v.cols);
+            }
+            const offset_t at = offset_t{key} * group_size;
+            expand<M * vectors>([&]<int... I>(Ints<I...>) POLYATTN_INLINE_LAMBDA {
+                if (!drops) ((sum[I] = sum[I] * V::load_aligned(weights[I % vectors / of_group] + at + I / vectors * group_size + I % of_group * lanes)), ...);
+                (sum[I].store_aligned(d_scores[I % vectors / of_group] + at + I / vectors * group_size + I % of_group * lanes), ...);
             });
         };
-        for_each_key_tile<Tiles::score_keys(G)>(block.keys, tile);
+        for_each_key_tile<Tiles::score_keys(G)>(positions.size(), tile);
     }
 
     /// From dL/dA to dL/dscore = weight * (mask * dL/dA - row mean).
