@@ -214,7 +214,7 @@ struct ScoredGroup {
     T* weights_at(index_t position) const { return state->weights + offset_t{position - block->first} * group_size; }
 };
 
-/// Weights, [key][16], of keys [positions) of a tile for groups that all see some of each of them; `keys` are the tile's. Online: relative to the states'
+/// Weights, [key][16], of the keys at `positions` of a tile (of several groups a multiple of score_keys); `keys` are the tile's. Online: relative to the states'
 /// references, which follow the scores, and summed. Otherwise relative to the references as they are (the rows' logsumexp), so they are final.
 template <bool Online, class T, class A, class Bias, std::size_t Groups>
 POLYATTN_NOINLINE void score_block(Bounds positions, const Head<T, Bias>& head, const DistanceTable<T, Bias>& distances, const std::array<ScoredGroup<T>, Groups>& groups, Rows<T> keys,
@@ -286,7 +286,7 @@ POLYATTN_NOINLINE void score_block(Bounds positions, const Head<T, Bias>& head, 
                 (sum[J].store_aligned(group_of(J).state->sum + J % of_group * lanes), ...);
             });
     };
-    for_each_key_tile<K::score_keys(G)>(positions.size(), tile);
+    for_each_score_tile<K::score_keys, G>(positions.size(), tile);
 }
 
 /// Multiplies the weights of a block by dropout's mask.

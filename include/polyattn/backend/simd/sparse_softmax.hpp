@@ -80,7 +80,7 @@ public:
             scratch.keys.prepare(schedule_.list_capacity(), head.k.cols, own);
             scratch.values.prepare(schedule_.list_capacity(), columns_, own);
         }
-        if (workers.count() == 1) scratch_[0].ahead.start(head.next, schedule_.weight_rows() * Tiles::group_vectors / Tiles::score_keys(1));
+        if (workers.count() == 1) scratch_[0].ahead.start(head.next, schedule_.weight_rows() / (Tiles::score_groups * Tiles::score_keys));
     }
 
     /// Columns of V padded to whole vectors: the width of every x and out below.
@@ -250,7 +250,7 @@ protected:
         return most;
     }
 
-    /// f(span of G blocks, key positions that all of them have): side by side as far as neighbours overlap, one by one where they do not.
+    /// f(span of G blocks, key positions that all of them have): side by side in whole tiles where neighbours overlap, one by one elsewhere.
     template <class F>
     static void for_each_overlap(std::span<const UnitBlock> blocks, F&& f) {
         constexpr std::size_t most = Tiles::score_groups;
@@ -258,6 +258,7 @@ protected:
             const auto together = blocks.first(std::min(most, blocks.size()));
             Bounds shared = positions_of(together[0]);
             for (const UnitBlock& at : together) shared = {std::max(shared.begin, positions_of(at).begin), std::min(shared.end, positions_of(at).end)};
+            if (most > 1) shared.end -= shared.size() % Tiles::score_keys;
             const auto alone = [&](auto part_of) {
                 for (std::size_t i = 0; i < together.size(); ++i)
                     if (const Bounds part = part_of(positions_of(together[i])); !part.empty()) f(together.subspan(i).template first<1>(), part);
@@ -324,7 +325,7 @@ protected:
         const index_t after = at.block.first + at.block.keys, first = after < at.piece->span.end ? after : at.piece->span.begin;
         const index_t key = at.block.tile->keys[first], rows = std::min(at.block.keys, at.piece->span.end - first);
         const MatrixView<const T> next[] = {{k_.row(key), rows, dim_, k_.stride, 1}, {values.row(key), rows, columns_, values.stride, 1}};
-        ahead.start(next, offset_t{at.block.keys} * static_cast<offset_t>(unit.groups()) * Tiles::group_vectors / Tiles::score_keys(1));
+        ahead.start(next, offset_t{at.block.keys} * static_cast<offset_t>(unit.groups()) / (Tiles::score_groups * Tiles::score_keys));
     }
 
     /// Weights of a unit's groups relative to running references, f(block) after each. `values` are what they are for.

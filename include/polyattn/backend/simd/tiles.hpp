@@ -20,8 +20,8 @@ struct Tiling {
     static constexpr int group_vectors = group_size / lanes;
     /// Groups whose scores with the same keys are made at once, where that can be: two vectors of queries share a broadcast key.
     static constexpr int score_groups = registers == 32 && group_vectors == 1 ? 2 : 1;
-    /// Keys of a score tile of `groups` groups.
-    static constexpr int score_keys(int groups) { return registers == 32 ? 16 / (groups * group_vectors) : group_vectors == 1 ? 12 : group_vectors == 2 ? 6 : group_vectors == 4 ? 2 : 1; }
+    /// Keys of a score tile.
+    static constexpr int score_keys = registers == 32 ? 8 : group_vectors == 1 ? 12 : group_vectors == 2 ? 6 : group_vectors == 4 ? 2 : 1;
     /// Rows and vectors of columns of an output tile.
     static constexpr int rows = registers == 32 ? 8 : 4;
     static constexpr int columns = 3;
@@ -123,6 +123,14 @@ POLYATTN_ALWAYS_INLINE void for_each_key_tile(index_t keys, F&& f, index_t posit
     for (; position + M <= keys; position += M) f(std::integral_constant<int, M>{}, position);
     if constexpr (M > 1)
         if (position < keys) for_each_key_tile<(M > 4 ? 4 : 1)>(keys, f, position);
+}
+
+/// The same with score tiles of G groups; several groups take whole tiles alone, which keeps the code small.
+template <int M, int G, class F>
+POLYATTN_ALWAYS_INLINE void for_each_score_tile(index_t keys, F&& f) {
+    if constexpr (G == 1) for_each_key_tile<M>(keys, f);
+    else
+        for (index_t position = 0; position < keys; position += M) f(std::integral_constant<int, M>{}, position);
 }
 
 /// Transposes 16 rows to [column][16], times `factor`.
