@@ -2,20 +2,9 @@
 
 #include <polyattn/nn/linear.hpp>
 #include <polyattn/nn/pass.hpp>
-#include <polyattn/policy/router/router.hpp>
+#include <polyattn/policy/router/multi_resolution.hpp>
 
 POLYATTN_BEGIN_NAMESPACE
-
-/// Names the attention of nn::AdaptiveMultiResolution in models, where another one has an Attention<...>:
-///     nn::Classifier<float, MultiResolution<SegmentMeans<2, 8, 32>>>
-/// The paper's defaults: SegmentMeans<2, 8, 32> where accuracy is measured, SegmentMeans<2, 4, 8, 16> where speed is.
-template <class Compression = SegmentMeans<2, 8, 32>, class Router = TopOne<StraightThrough>, class Score = Kernel<ReLU>>
-struct MultiResolution {
-    static_assert(requires { Compression::lengths; }, "polyattn: MultiResolution needs SegmentMeans<L...>: only means commute with the projections");
-    static_assert(detail::RouterPolicy<Router>, "polyattn: MultiResolution needs the router TopOne<Gate>, RandomRoute or ConcatenateAll");
-    Router router = {};
-    Score score = {};
-};
 
 namespace nn {
 

@@ -61,6 +61,16 @@ struct CudaOutputAndLogsumexp {
 
 namespace detail::cuda {
 
+/// f(carver) once to count and once to work, in the call's workspace or in one of its own.
+template <class F>
+void with_workspace(const CudaOptions& options, F&& f) {
+    CudaWorkspace own;
+    CudaWorkspace& workspace = options.device_workspace ? *options.device_workspace : own;
+    workspace.reserve(std::max<std::size_t>(f(Carver()), 1));
+    f(Carver(workspace.data()));
+    if (!options.device_workspace) check_cuda(cudaStreamSynchronize(options.stream), "cudaStreamSynchronize");
+}
+
 /// The value type of a call. Not in the layer: what nvcc writes for the host names types of kernels as they were spelt, private ones too.
 template <bool kernel, class Q, class K, class V>
 struct same_elements {
@@ -185,7 +195,7 @@ public:
         call.stream = options.stream;
         call.device_workspace = options.device_workspace;
         if constexpr (!detail::cuda::is_narrow<T>)
-            with_workspace(call, [&](detail::cuda::Carver carver) { return work_backward(carver, saved, d, d_q, d_k, d_v, gradients.bias, call); });
+            detail::cuda::with_workspace(call, [&](detail::cuda::Carver carver) { return work_backward(carver, saved, d, d_q, d_k, d_v, gradients.bias, call); });
     }
 
     /// Bytes of workspace that the same call takes. Throws invalid_input.
@@ -231,16 +241,6 @@ private:
         Base::check_shapes(q, k, v);
     }
 
-    /// f(carver) once to count and once to work, in the call's workspace or in one of its own.
-    template <class F>
-    static void with_workspace(const CudaOptions& options, F&& f) {
-        CudaWorkspace own;
-        CudaWorkspace& workspace = options.device_workspace ? *options.device_workspace : own;
-        workspace.reserve(std::max<std::size_t>(f(detail::cuda::Carver()), 1));
-        f(detail::cuda::Carver(workspace.data()));
-        if (!options.device_workspace) detail::cuda::check_cuda(cudaStreamSynchronize(options.stream), "cudaStreamSynchronize");
-    }
-
     template <class T>
     void run(const TensorView<const T>& q, const TensorView<const T>& k, const TensorView<const T>& v, const TensorView<T>& out, const CudaOptions& options, Number<T>* logsumexp, CudaSaved<T>* saved,
              bool accumulate) const {
@@ -255,7 +255,7 @@ private:
         detail::cuda::require_device_memory(k, "k");
         detail::cuda::require_device_memory(v, "v");
         detail::cuda::require_device_memory(out, "out");
-        with_workspace(options, [&](detail::cuda::Carver carver) { return work<T>(carver, q, k, v, out, plans, options, logsumexp, saved, accumulate); });
+        detail::cuda::with_workspace(options, [&](detail::cuda::Carver carver) { return work<T>(carver, q, k, v, out, plans, options, logsumexp, saved, accumulate); });
     }
 
     template <class T>

@@ -140,6 +140,19 @@ __global__ void __launch_bounds__(256) compress_rows(const __grid_constant__ Com
     a.finish.store(item, row, c, made, true);
 }
 
+/// Landmarks of tokens, or, of the adjoint, the other way.
+template <bool Adjoint, class T, class Form>
+void compress_with(const Form& form, CompressArguments<T> arguments) {
+    constexpr index_t vector = 16 / sizeof(T);
+    const CompressionCall& call = arguments.call;
+    const offset_t vectors = offset_t{Adjoint ? call.tokens : call.landmarks} * (call.columns / vector);
+    if (vectors == 0) return;
+    for_each_grid(0, call.batch * call.heads, [&](index_t item, unsigned count) {
+        arguments.first_item = item;
+        launch("compress_rows", compress_rows<Adjoint, T, Form>, dim3(blocks_for(vectors, 256), count), 256, 0, call.stream, arguments, form);
+    });
+}
+
 template <class T>
 struct ProjectArguments {
     const T* table;         // [others][own, padded]
@@ -262,18 +275,14 @@ public:
 
     /// Landmarks of x, [items][landmarks][columns].
     void compress(const CompressionCall& call, Compressed what, const Rows<T>& x, T* to) const {
-        Finish<T> finish;
-        finish.packed = to;
-        finish.packed_stride = offset_t{call.landmarks} * call.columns;
-        finish.packed_columns = finish.columns = call.columns;
-        finish.heads = call.heads;
+        const Finish<T> finish = packed_finish(to, call.landmarks, call.columns, call.heads);
         if constexpr (projects) project(call, what, x, finish, false);
-        else run<false>(call, {x, {}, call, 0, finish}, form(what));
+        else compress_with<false>(form(what), CompressArguments<T>{x, {}, call, 0, finish});
     }
     /// finish(adjoint of d_y), rows of tokens; x is what was compressed.
     void adjoint(const CompressionCall& call, Compressed what, const Rows<T>& x, const Rows<T>& d_y, const Finish<T>& finish) const {
         if constexpr (projects) project(call, what, d_y, finish, true);
-        else run<true>(call, {x, d_y, call, 0, finish}, form(what));
+        else compress_with<true>(form(what), CompressArguments<T>{x, d_y, call, 0, finish});
     }
     /// To, or onto, the sums of a table's gradient.
     void add_table_gradient(const CompressionCall& call, Compressed what, const Rows<T>& x, const Rows<T>& d_y, bool first) const {
@@ -315,16 +324,6 @@ private:
         else if constexpr (takes_maxima) return MaxForm<T>{max_length<Compression>};
         else if constexpr (!learned) return MeanForm<T>{1};  // of what is refused above
         else return ConvolutionForm<T>{compression_->stride, compression_->width, to_landmarks_ + (what == Compressed::keys ? 0 : padded<T>(entries_))};
-    }
-    template <bool Adjoint, class Form>
-    static void run(const CompressionCall& call, CompressArguments<T> arguments, const Form& form) {
-        constexpr index_t vector = 16 / sizeof(T);
-        const offset_t vectors = offset_t{Adjoint ? call.tokens : call.landmarks} * (call.columns / vector);
-        if (vectors == 0) return;
-        for_each_grid(0, call.batch * call.heads, [&](index_t item, unsigned count) {
-            arguments.first_item = item;
-            launch("compress_rows", compress_rows<Adjoint, T, Form>, dim3(blocks_for(vectors, 256), count), 256, 0, call.stream, arguments, form);
-        });
     }
     void project(const CompressionCall& call, Compressed what, const Rows<T>& from, const Finish<T>& finish, bool adjoint) const {
         using S = TileShape<T>;

@@ -136,7 +136,7 @@ public:
         CudaOptions call = saved.options_;
         call.stream = options.stream;
         call.device_workspace = options.device_workspace;
-        Inner::with_workspace(call, [&](detail::cuda::Carver carver) { return work_backward(carver, saved, d, d_q, d_k, d_v, gradients.compression, call); });
+        detail::cuda::with_workspace(call, [&](detail::cuda::Carver carver) { return work_backward(carver, saved, d, d_q, d_k, d_v, gradients.compression, call); });
     }
 
     /// Bytes of workspace that the same call takes. Throws invalid_input.
@@ -215,7 +215,7 @@ private:
             Inner::resize(saved->logsumexp_, lines);
             Inner::resize(saved->hops_, lines * static_cast<offset_t>(saved->hop_count_) * detail::cuda::padded<T>(v.dim()));
         }
-        Inner::with_workspace(options, [&](detail::cuda::Carver carver) { return work<T>(carver, q, k, v, out, plans, options, saved, accumulate); });
+        detail::cuda::with_workspace(options, [&](detail::cuda::Carver carver) { return work<T>(carver, q, k, v, out, plans, options, saved, accumulate); });
     }
 
     template <class T>

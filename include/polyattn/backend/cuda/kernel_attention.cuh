@@ -59,7 +59,7 @@ public:
         LinearProduct<T> product = forward_product();
         product.values = ones_rows();
         product.columns = vector;
-        product.finish = packed_finish(denominators_, call_.queries, vector);
+        product.finish = packed_finish(denominators_, call_.queries, vector, call_.heads);
         linear_product(product, items(), call_.stream);
         NormaliseArguments<T> arguments{a_, denominators_, inverse_, marks_, count_, width_, call_.queries, call_.keys, call_.heads, 0, call_.query_lengths, call_.key_lengths, causal_, zero_, static_cast<T>(epsilon_)};
         for_each_grid(0, items(), [&](index_t item, unsigned count) {
@@ -151,14 +151,6 @@ private:
         if (causal_) product.sees = Sees::later;
         return product;
     }
-    Finish<T> packed_finish(T* to, index_t tokens, index_t columns) const {
-        Finish<T> finish;
-        finish.packed = to;
-        finish.packed_stride = offset_t{tokens} * columns;
-        finish.packed_columns = finish.columns = columns;
-        finish.heads = call_.heads;
-        return finish;
-    }
     /// mask(own other^T) of features, to or onto [item][own tokens][width].
     void add_product(LinearProduct<T> product, const Rows<T>& own, const Rows<T>& other, index_t inner, const Rows<T>& features, T* to, bool adds) const {
         product.own = own;
@@ -167,7 +159,7 @@ private:
         product.values = features;
         product.columns = width_;
         const offset_t stride = offset_t{product.own_tokens} * width_;
-        product.finish = packed_finish(nullptr, product.own_tokens, width_);
+        product.finish = packed_finish<T>(nullptr, product.own_tokens, width_, call_.heads);
         product.finish.out = to;
         product.finish.out_batch = call_.heads * stride;
         product.finish.out_head = stride;

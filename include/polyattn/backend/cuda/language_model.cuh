@@ -2,51 +2,11 @@
 // What nn::LanguageModel computes, on the device, from its parameters: for inference.
 
 #include <polyattn/backend/cuda/attention_layer.cuh>
-
-#include <map>
+#include <polyattn/backend/cuda/linear_layer.cuh>
 
 POLYATTN_BEGIN_NAMESPACE
 
 namespace detail::cuda {
-
-/// y = act(x W^T + b) + residual, rows of whole vectors.
-template <class T>
-struct LinearArguments {
-    const T *x, *weight, *bias, *residual;  // [rows][in], [out][in], [out], [rows][out] or null
-    T* y;                                   // [rows][out]
-    index_t rows, in, out;                  // in is padded
-    std::ptrdiff_t y_stride;                // of residual as well
-    bool gelu;
-};
-
-template <class T>
-__global__ void __launch_bounds__(tile_threads, 2) linear_rows(const __grid_constant__ LinearArguments<T> a) {
-    using S = TileShape<T>;
-    extern __shared__ __align__(16) unsigned char memory[];
-    T* const x_rows = reinterpret_cast<T*>(memory);
-    T* const weight_rows = x_rows + S::buffer;
-    const index_t row = static_cast<index_t>(blockIdx.x) * S::side, column = static_cast<index_t>(blockIdx.y) * S::side;
-    const Sequence rows{0, nullptr};
-    T s[S::rows_each][S::columns_each] = {};
-    for (index_t k = 0; k < a.in; k += S::width) {
-        load_tile(x_rows, a.x, a.in, rows, row, a.rows, k, a.in);
-        load_tile(weight_rows, a.weight, a.in, rows, column, a.out, k, a.in);
-        __syncthreads();
-        multiply_transposed(s, x_rows, weight_rows, min(S::width, a.in - k));
-        __syncthreads();
-    }
-#pragma unroll
-    for (int i = 0; i < S::rows_each; ++i)
-#pragma unroll
-        for (int j = 0; j < S::columns_each; ++j) {
-            const index_t r = row + static_cast<int>(threadIdx.x) / 16 * S::rows_each + i, c = column + static_cast<int>(threadIdx.x) % 16 + 16 * j;
-            if (r >= a.rows || c >= a.out) continue;
-            T value = s[i][j] + a.bias[c];
-            if (a.gelu) value *= T(.5) * (1 + erf(value * T(.70710678118654752440)));
-            if (a.residual) value += a.residual[r * a.y_stride + c];
-            a.y[r * a.y_stride + c] = value;
-        }
-}
 
 /// (x - mean) / sqrt(variance + epsilon) * weight + bias, one row a warp.
 template <class T>
@@ -185,16 +145,11 @@ public:
 
 private:
     using Parameters = std::map<std::string, Tensor<T>>;
-    static const Tensor<T>& find(const Parameters& parameters, const std::string& name) {
-        const auto found = parameters.find(name);
-        if (found == parameters.end()) throw invalid_input("parameters", "one named " + name, detail::text("none among ", parameters.size()));
-        return found->second;
-    }
 
     struct Table {
         Table() = default;
         Table(const Parameters& parameters, const std::string& name) {
-            const Tensor<T>& from = find(parameters, name);
+            const Tensor<T>& from = detail::cuda::find_parameter(parameters, name);
             shape = from.shape;
             memory = CudaTensor<T>(from.data(), from.shape);
         }
@@ -204,7 +159,7 @@ private:
     /// Weights with rows of whole vectors.
     struct Linear {
         Linear(const Parameters& parameters, const std::string& name) : bias(parameters, name + ".bias") {
-            const Tensor<T>& from = find(parameters, name + ".weight");
+            const Tensor<T>& from = detail::cuda::find_parameter(parameters, name + ".weight");
             if (from.shape.size() != 2 || bias.shape != std::vector<offset_t>{from.shape[0]}) throw invalid_input(name, "weights [out, in] and a bias [out]", "other shapes");
             out = static_cast<index_t>(from.shape[0]);
             const auto columns = static_cast<std::size_t>(from.shape[1]);
@@ -227,7 +182,7 @@ private:
               attention_norm(parameters, name + ".attention_norm"), feed_forward_norm(parameters, name + ".feed_forward_norm"), layer(attention) {
             if constexpr (requires(std::remove_cvref_t<decltype(layer.bias())> bias) { bias.table.assign(std::size_t{}, double{}); }) {
                 auto bias = layer.bias();
-                const Tensor<T>& table = find(parameters, name + ".attention.bias_table");
+                const Tensor<T>& table = detail::cuda::find_parameter(parameters, name + ".attention.bias_table");
                 bias.table.assign(table.values.begin(), table.values.end());
                 layer = layer.with_bias(std::move(bias));
             }
@@ -238,20 +193,22 @@ private:
     };
 
     void linear(const Linear& layer, const CudaTensor<T>& x, CudaTensor<T>& y, const CudaTensor<T>* residual = nullptr, bool gelu = false) const {
-        using namespace detail::cuda;
-        using S = TileShape<T>;
-        LinearArguments<T> arguments{};
+        detail::cuda::LinearArguments<T> arguments{};
         arguments.x = x.data();
         arguments.weight = layer.weight.data();
         arguments.bias = layer.bias.memory.data();
-        arguments.residual = residual ? residual->data() : nullptr;
         arguments.y = y.data();
         arguments.rows = static_cast<index_t>(x.shape()[0]);
         arguments.in = layer.in;
         arguments.out = layer.out;
+        arguments.x_stride = layer.in;
         arguments.y_stride = static_cast<std::ptrdiff_t>(y.shape()[1]);
+        if (residual) {
+            arguments.residual = residual->data();
+            arguments.residual_stride = arguments.y_stride;
+        }
         arguments.gelu = gelu;
-        launch("linear_rows", linear_rows<T>, dim3(blocks_for(arguments.rows, S::side), blocks_for(layer.out, S::side)), tile_threads, 2 * S::buffer * sizeof(T), stream_, arguments);
+        detail::cuda::apply_linear(arguments, stream_);
     }
     void norm(const Norm& layer, const CudaTensor<T>& x, CudaTensor<T>& y) const {
         using namespace detail::cuda;

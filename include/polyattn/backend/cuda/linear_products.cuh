@@ -170,6 +170,16 @@ offset_t states_size(Sees sees, index_t other_tokens, index_t inner, index_t col
     return (offset_t{(other_tokens + chunk - 1) / chunk} + 1) * inner * columns;
 }
 
+/// Sums over chunks, then over chunks before, of `count` items.
+template <class T>
+void make_states(const LinearProduct<T>& product, unsigned count, cudaStream_t stream) {
+    using S = TileShape<T>;
+    if (product.inner == 0) return;
+    if (product.chunks() > 0)
+        launch("sum_chunks", sum_chunks<T>, dim3(static_cast<unsigned>(product.chunks()), count, blocks_for(product.columns, S::width) * blocks_for(product.inner, S::width)), tile_threads, 2 * S::buffer * sizeof(T), stream, product);
+    launch("scan_chunks", scan_chunks<T>, dim3(blocks_for(product.state_size(), 256), count), 256, 0, stream, product);
+}
+
 /// finish(mask(own other^T) values), for `items` heads.
 template <class T>
 void linear_product(LinearProduct<T> product, index_t items, cudaStream_t stream) {
@@ -179,12 +189,44 @@ void linear_product(LinearProduct<T> product, index_t items, cudaStream_t stream
     product.chunk = chunk_of<T>(product.sees, product.other_tokens);
     for_each_grid(0, items, [&](index_t item, unsigned count) {
         product.first_item = item;
-        const unsigned tiles = blocks_for(product.columns, S::width);
-        if (product.chunks() > 0 && product.inner > 0)
-            launch("sum_chunks", sum_chunks<T>, dim3(static_cast<unsigned>(product.chunks()), count, tiles * blocks_for(product.inner, S::width)), tile_threads, 2 * buffer, stream, product);
-        if (product.inner > 0) launch("scan_chunks", scan_chunks<T>, dim3(blocks_for(product.state_size(), 256), count), 256, 0, stream, product);
-        launch("apply_states", apply_states<T>, dim3(blocks_for(product.own_tokens, S::side), count, tiles), tile_threads, 3 * buffer, stream, product);
+        make_states(product, count, stream);
+        launch("apply_states", apply_states<T>, dim3(blocks_for(product.own_tokens, S::side), count, blocks_for(product.columns, S::width)), tile_threads, 3 * buffer, stream, product);
     });
+}
+
+/// The sum over all items and tokens of z b^T, rows z of `values` and b of `other`: a weight's gradient.
+template <class T>
+struct TokenSum {
+    Rows<T> values, other;
+    index_t columns, inner;  // padded: of values; of other
+    index_t items, tokens;
+    Lengths lengths;
+    /// Numbers of scratch memory.
+    offset_t states_size() const { return items * detail::cuda::states_size<T>(Sees::all, tokens, inner, columns); }
+};
+
+/// To `to` [columns][inner] (or less of both, where the rest is padding), or onto it. Items one after the other, each in chunks.
+template <class T>
+void sum_over_tokens(const TokenSum<T>& sum, T* states, const TensorView<T>& to, bool adds, cudaStream_t stream) {
+    LinearProduct<T> product{};
+    product.other = sum.other;
+    product.values = sum.values;
+    product.inner = sum.inner;
+    product.columns = sum.columns;
+    product.other_tokens = sum.tokens;
+    product.other_lengths = sum.lengths;
+    product.sees = Sees::all;
+    product.heads = 1;
+    product.states = states;
+    product.chunk = chunk_of<T>(product.sees, sum.tokens);
+    for_each_grid(0, sum.items, [&](index_t item, unsigned count) {
+        product.first_item = item;
+        make_states(product, count, stream);
+    });
+    Finish<T> finish;
+    finish.accumulate = adds;
+    const index_t chunks = product.chunks();
+    finish_heads(packed_rows<T>(states + chunks * product.state_size(), sum.items, (offset_t{chunks} + 1) * product.state_size(), sum.inner), sum.items, to, Lengths{nullptr, to.tokens()}, finish, stream);
 }
 
 }  // namespace detail::cuda

@@ -9,7 +9,7 @@ namespace detail::cuda {
 
 /// Columns of a row that is padded to whole vectors.
 template <class T>
-index_t padded(index_t columns) {
+constexpr index_t padded(index_t columns) {
     constexpr index_t vector = 16 / sizeof(T);
     return (columns + vector - 1) / vector * vector;
 }
@@ -44,11 +44,9 @@ Rows<T> packed_rows(const T* data, index_t heads, offset_t item_stride, index_t 
     return {data, heads * item_stride, item_stride, columns, heads, 1};
 }
 
-/// A tensor's rows as kernels read them: where they lie if that fits, else copied.
+/// A copy of a tensor's rows, [batch x heads][tokens][padded columns].
 template <class T>
-Rows<T> as_rows(const TensorView<const T>& view, index_t query_heads, Carver& carver, cudaStream_t stream) {
-    const index_t group = view.heads() == 0 ? 1 : query_heads / view.heads();
-    if (has_vector_rows(view)) return {view.data, view.strides[0], view.strides[1], view.strides[2], query_heads, group};
+T* packed_copy(const TensorView<const T>& view, Carver& carver, cudaStream_t stream) {
     const index_t columns = padded<T>(view.dim());
     const offset_t count = offset_t{view.batch()} * view.heads() * view.tokens() * columns;
     T* const to = carver.take<T>(count);
@@ -56,8 +54,17 @@ Rows<T> as_rows(const TensorView<const T>& view, index_t query_heads, Carver& ca
         const StridedRows<T> from{view.data, view.heads(), view.tokens(), view.dim(), view.strides[0], view.strides[1], view.strides[2], view.strides[3]};
         launch("pack_rows", pack_rows<T>, dim3(blocks_for(count, 256)), 256, 0, stream, from, to, columns, count);
     }
+    return to;
+}
+
+/// A tensor's rows as kernels read them: where they lie if that fits, else copied.
+template <class T>
+Rows<T> as_rows(const TensorView<const T>& view, index_t query_heads, Carver& carver, cudaStream_t stream) {
+    const index_t group = view.heads() == 0 ? 1 : query_heads / view.heads();
+    if (has_vector_rows(view)) return {view.data, view.strides[0], view.strides[1], view.strides[2], query_heads, group};
+    const index_t columns = padded<T>(view.dim());
     const std::ptrdiff_t head = std::ptrdiff_t{view.tokens()} * columns;
-    return {to, view.heads() * head, head, columns, query_heads, group};
+    return {packed_copy(view, carver, stream), view.heads() * head, head, columns, query_heads, group};
 }
 
 /// finish() with the caller's tensor as its target.
@@ -72,6 +79,17 @@ void set_target(Finish<T>& finish, const TensorView<T>& out) {
     finish.heads = out.heads();
     finish.columns = out.dim();
     finish.packed_columns = padded<T>(out.dim());
+}
+
+/// To [items][tokens][columns], columns padded.
+template <class T>
+Finish<T> packed_finish(T* to, index_t tokens, index_t columns, index_t heads) {
+    Finish<T> finish;
+    finish.packed = to;
+    finish.packed_stride = offset_t{tokens} * columns;
+    finish.packed_columns = finish.columns = columns;
+    finish.heads = heads;
+    return finish;
 }
 
 /// finish(sum over the heads of a group), one row a warp.
