@@ -87,6 +87,13 @@ struct trained_elements {
 
 }  // namespace detail::cuda
 
+namespace nn {
+
+template <class T, class Attention>
+class CudaAdaptiveMultiResolution;  // multi_resolution.cuh
+
+}  // namespace nn
+
 template <class Pattern, class Sampler, class Diffusion, class Score, class Bias>
 class AttentionLayer<Pattern, Sampler, Diffusion, Score, Bias, Cuda> : public detail::LayerPolicies<Pattern, Sampler, Diffusion, Score, Bias> {
     using Base = detail::LayerPolicies<Pattern, Sampler, Diffusion, Score, Bias>;
@@ -217,6 +224,8 @@ public:
 private:
     template <class...>
     friend class CompressedLayer;
+    template <class, class>
+    friend class nn::CudaAdaptiveMultiResolution;
     template <class Q, class K, class V>
     using common_element = typename detail::cuda::same_elements<kernel, Q, K, V>::T;
     template <class T>

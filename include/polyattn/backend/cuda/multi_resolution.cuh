@@ -1,74 +1,651 @@
 #pragma once
-// AdaMRA's attention proper: rows go to their resolutions, attend to the landmarks there, and come back.
+// AdaMRA's layer on the device, forward and backward: nn::AdaptiveMultiResolution with its parameters in device memory.
 
 #include <polyattn/backend/cuda/attention_layer.cuh>
+#include <polyattn/backend/cuda/compress.cuh>
+#include <polyattn/backend/cuda/linear_layer.cuh>
 #include <polyattn/backend/cuda/routing.cuh>
-
-#include <bit>
+#include <polyattn/policy/router/multi_resolution.hpp>
 
 POLYATTN_BEGIN_NAMESPACE
 
 namespace detail::cuda {
 
-/// Landmarks of one resolution, [batch x landmarks][2 dim]: keys, and beside them values.
+/// dL/dlogits of each row, of the gates and of the load-balance loss.
 template <class T>
-struct ResolutionLandmarks {
-    const T* data;
-    index_t landmarks;                // of an item
-    std::vector<index_t> of_items;    // those that are valid
+struct RouterGradientArguments {
+    RoutedRows rows;
+    const index_t *routes, *starts;
+    const T* probabilities;         // [rows][resolutions]
+    const T *context, *d_context;   // [rows][columns], context as its gate left it
+    index_t columns;
+    bool learns, gated;             // the gate has a gradient; context is multiplied with its probability
+    double balance;
+    T* d_logits;                    // [rows][logit_columns], zeros from `resolutions` on
+    index_t logit_columns;
 };
 
-/// What the attention of several resolutions takes: queries [rows][dim], projected for the resolution that each row goes to.
+/// One row a warp. With g the product of a row and its gradient, P_h* the probability of its resolution and f_h the share of rows at h:
+/// g P_h* (delta_hh* - P_h) + balance H / rows P_h (f_h - sum_j P_j f_j).
 template <class T>
-struct MultiResolutionCall {
-    const T* queries;
-    std::vector<ResolutionLandmarks<T>> landmarks;
-    index_t dim, heads;
-    const T* gates;  // probabilities [rows][resolutions] that rows are multiplied with, or null
-    T* out;          // [rows][dim]; of a routing to all resolutions [rows][resolutions x dim], one after the other
-};
-
-/// One call of `layer` a resolution, on the gathered rows of all items. Of the rows' numbers the host has to know, so this waits for the stream. Padding
-/// becomes 0. `carver` has, or counts, room for the gathered rows.
-template <class Layer, class T>
-void multi_resolution_on_device(const Layer& layer, Carver& carver, const Routing& routing, const MultiResolutionCall<T>& call, CudaOptions options = {}) {
-    const RoutedRows& rows = routing.rows();
-    const cudaStream_t stream = routing.stream();
-    const offset_t numbers = offset_t{rows.rows()} * call.dim, out_stride = offset_t{call.dim} * (routing.all() ? rows.resolutions : 1);
-    T* const gathered = carver.template take<T>(numbers);
-    T* const made = carver.template take<T>(numbers);
-    if (carver.counts() || numbers == 0) return;
-    std::vector<index_t> starts(static_cast<std::size_t>(rows.buckets()) + 1);
-    check_cuda(cudaMemcpyAsync(starts.data(), routing.starts(), starts.size() * sizeof(index_t), cudaMemcpyDeviceToHost, stream), "cudaMemcpyAsync of starts");
-    check_cuda(cudaMemsetAsync(call.out, 0, static_cast<std::size_t>(offset_t{rows.rows()} * out_stride) * sizeof(T), stream), "cudaMemsetAsync");
-    check_cuda(cudaStreamSynchronize(stream), "cudaStreamSynchronize");
-    options.stream = stream;
-    for (index_t h = 0; h < rows.resolutions; ++h) {
-        const ResolutionLandmarks<T>& marks = call.landmarks[static_cast<std::size_t>(h)];
-        options.query_lengths.clear();
-        for (index_t b = 0; b < rows.batch; ++b) {
-            const auto bucket = static_cast<std::size_t>(h * rows.batch + b);
-            options.query_lengths.push_back(starts[bucket + 1] - starts[bucket]);
+__global__ void __launch_bounds__(128) router_gradient(const __grid_constant__ RouterGradientArguments<T> a) {
+    const offset_t row = offset_t{blockIdx.x} * 4 + threadIdx.x / 32;
+    const auto lane = static_cast<index_t>(threadIdx.x % 32);
+    if (row >= a.rows.rows()) return;
+    const index_t route = a.routes[row], resolutions = a.rows.resolutions, batch = a.rows.batch;
+    const T* const p = a.probabilities + row * resolutions;
+    T through = 0;
+    if (a.learns && route >= 0) {
+        for (index_t c = lane; c < a.columns; c += 32) through += a.context[row * a.columns + c] * a.d_context[row * a.columns + c];
+#pragma unroll
+        for (int step = 16; step > 0; step /= 2) through += __shfl_xor_sync(~0u, through, step);
+        if (!a.gated) through *= p[route];
+    }
+    const double total = a.starts[resolutions * batch];
+    const auto share = [&](index_t h) { return (a.starts[(h + 1) * batch] - a.starts[h * batch]) / total; };
+    double mean = 0;
+    if (a.balance > 0 && route >= 0)
+        for (index_t h = 0; h < resolutions; ++h) mean += double(p[h]) * share(h);
+    for (index_t h = lane; h < a.logit_columns; h += 32) {
+        T d = 0;
+        if (route >= 0 && h < resolutions) {
+            d = through * ((h == route ? T(1) : T(0)) - p[h]);
+            if (a.balance > 0) d += static_cast<T>(a.balance * resolutions / total * double(p[h]) * (share(h) - mean));
         }
-        options.key_lengths = marks.of_items;
-        const index_t most = *std::max_element(options.query_lengths.begin(), options.query_lengths.end());
-        if (most == 0) continue;
-        // Few different numbers, so that the layer's plans are found again.
-        const index_t places = std::min(rows.tokens, static_cast<index_t>(std::bit_ceil(static_cast<unsigned>(most)))), width = call.dim / call.heads;
-        BucketRows<T> moved{rows, routing.order(), routing.starts(), h, places, call.dim, gathered, const_cast<T*>(call.queries), call.dim, nullptr};
-        move_rows("gather_rows", gather_rows<T>, moved, stream);
-        const auto view = [&]<class U>(U* data, index_t tokens, std::ptrdiff_t stride) {
-            return detail::make_view<U>(data, std::array<index_t, 4>{rows.batch, call.heads, tokens, width}, std::array<std::ptrdiff_t, 4>{tokens * stride, width, stride, 1}, "rows");
-        };
-        layer.into(view(made, places, call.dim), view(static_cast<const T*>(gathered), places, call.dim), view(marks.data, marks.landmarks, 2 * call.dim), view(marks.data + call.dim, marks.landmarks, 2 * call.dim), options);
-        moved.bucket = made;
-        moved.all = call.out + (routing.all() ? h * call.dim : 0);
-        moved.all_stride = out_stride;
-        moved.gates = call.gates;
-        move_rows("scatter_rows", scatter_rows<T>, moved, stream);
+        a.d_logits[row * a.logit_columns + h] = d;
     }
 }
 
+inline constexpr int probability_threads = 256;
+
+/// The sum of each resolution's probabilities, a block each; those of padding are 0.
+template <class T>
+__global__ void __launch_bounds__(probability_threads) sum_probabilities(const T* probabilities, index_t rows, index_t resolutions, double* sums) {
+    using Reduce = cub::BlockReduce<double, probability_threads>;
+    __shared__ typename Reduce::TempStorage storage;
+    double sum = 0;
+    for (auto row = static_cast<offset_t>(threadIdx.x); row < rows; row += probability_threads) sum += double(probabilities[row * resolutions + blockIdx.x]);
+    sum = Reduce(storage).Sum(sum);
+    if (threadIdx.x == 0) sums[blockIdx.x] = sum;
+}
+
 }  // namespace detail::cuda
+
+namespace nn {
+
+/// nn::AdaptiveMultiResolution on the device, with gradients of x and of all parameters, from its parameters by name (what for_each_parameter()
+/// of the CPU's layer or nn::parameters_of() of a model gives). Rows go where the CPU's layer sends them, as far as logits that are made in another
+/// order agree. Float or double, kernel scores. Belongs to one stream at a time.
+/// Weights of two maps that follow each other are multiplied once, when they come; queries are gathered by resolution and projected there,
+/// landmarks are means of tokens, projected. O(n d^2 (1 + sum_h 1 / L_h)) a pass, and O(H d^3) of upload() and of backward().
+/// Deterministic, without atomics on floating point. Source: AdaMRA (2021), equations 5 to 11.
+template <class T, index_t... L, class Router, class Score>
+class CudaAdaptiveMultiResolution<T, MultiResolution<SegmentMeans<L...>, Router, Score>> {
+    static_assert(std::is_same_v<T, float> || std::is_same_v<T, double>, "polyattn: CudaAdaptiveMultiResolution takes float or double");
+    static_assert(detail::is_kernel<Score>, "polyattn: CudaAdaptiveMultiResolution needs kernel scores; with Softmax use nn::AdaptiveMultiResolution, on the CPU");
+    static constexpr std::array<index_t, sizeof...(L)> lengths = {L...};
+    static constexpr index_t resolutions = sizeof...(L);
+    static constexpr bool learned = detail::is_learned_router<Router>, all = std::is_same_v<Router, ConcatenateAll>, gated = std::is_same_v<Router, TopOne<Switch>>;
+    static constexpr index_t logit_columns = detail::cuda::padded<T>(resolutions);
+    using Inner = AttentionLayer<Dense, AllSources, NoDiffusion, Score, NoBias, Cuda>;
+    using Carver = detail::cuda::Carver;
+    using Parameters = std::map<std::string, Tensor<T>>;
+
+public:
+    using Recipe = MultiResolution<SegmentMeans<L...>, Router, Score>;
+
+    /// `name` is that of the CPU's layer, in front of the parameters' own; `heads` its sub-heads. Throws invalid_input if a parameter is missing or has
+    /// another shape, cuda_error.
+    CudaAdaptiveMultiResolution(Recipe recipe, const Parameters& parameters, const std::string& name, index_t heads)
+        : inner_(std::tuple(recipe.score)), recipe_(std::move(recipe)), heads_(heads) {
+        if constexpr (learned) recipe_.router.validate();
+        const Tensor<T>& query = detail::cuda::find_parameter(parameters, name + ".query");
+        detail::require(query.shape.size() == 2 && query.shape[0] == query.shape[1] && query.shape[0] >= 1, (name + ".query").c_str(), "[dim, dim]", detail::shape_text(query.shape));
+        dim_ = static_cast<index_t>(query.shape[0]);
+        width_ = detail::cuda::padded<T>(dim_);
+        detail::require(heads >= 1 && dim_ % heads == 0, "heads", [&] { return detail::text("a number that divides dim, ", dim_); }, heads);
+        for (const char* what : {".query", ".key", ".value"}) add_matrix(name + what, dim_, 1);
+        for (index_t h = 0; h < resolutions; ++h)
+            for (const char* what : {".query", ".key", ".value"}) add_matrix(detail::text(name, ".resolution", h, what), dim_, 1);
+        if constexpr (learned) add_matrix(name + ".router", resolutions, 1);
+        add_matrix(name + ".merge.weight", dim_, blocks());
+        bias_name_ = name + ".merge.bias";
+        // Behind what has gradients: the bias, then what is made of the weights.
+        bias_ = take(width_);
+        learned_size_ = size_;
+        const offset_t square = offset_t{width_} * width_;
+        for (std::size_t which = 0; which < 3; ++which) transposed_[which] = take(square);
+        transposed_merge_ = take(square * blocks());
+        for (Folded& folded : folded_) folded = {take(square), take(square), take(2 * square), take(2 * square)};
+        if constexpr (learned) {
+            folded_router_ = take(offset_t{logit_columns} * width_);
+            transposed_router_ = take(offset_t{logit_columns} * width_);
+        }
+        values_ = CudaTensor<T>(std::vector<offset_t>{size_});
+        gradients_ = CudaTensor<T>(std::vector<offset_t>{learned_size_});
+        upload(parameters);
+        zero_gradients();
+        detail::cuda::check_cuda(cudaStreamSynchronize(nullptr), "cudaStreamSynchronize");
+    }
+
+    index_t dim() const { return dim_; }
+    index_t heads() const { return heads_; }
+
+    /// Other values of the same parameters. Throws invalid_input.
+    void upload(const Parameters& parameters, cudaStream_t stream = nullptr) {
+        std::vector<T> host(static_cast<std::size_t>(size_), T(0));
+        for (const Matrix& matrix : matrices_) {
+            const Tensor<T>& from = find(parameters, matrix.name, {matrix.rows, matrix.blocks * dim_});
+            for_each_entry(matrix, [&](std::size_t at, std::size_t entry) { host[at] = from.values[entry]; });
+        }
+        const Tensor<T>& bias = find(parameters, bias_name_, {dim_});
+        std::copy(bias.values.begin(), bias.values.end(), host.begin() + bias_);
+        const auto transpose = [&](const Matrix& matrix, offset_t to) {
+            const auto columns = static_cast<std::size_t>(matrix.blocks * width_), rows = static_cast<std::size_t>(width_);
+            for (std::size_t r = 0; r < rows; ++r)
+                for (std::size_t c = 0; c < columns; ++c) host[static_cast<std::size_t>(to) + c * rows + r] = host[static_cast<std::size_t>(matrix.at) + r * columns + c];
+        };
+        for (std::size_t which = 0; which < 3; ++which) transpose(matrices_[which], transposed_[which]);
+        transpose(matrices_.back(), transposed_merge_);
+        detail::cuda::check_cuda(cudaMemcpyAsync(values_.data(), host.data(), host.size() * sizeof(T), cudaMemcpyHostToDevice, stream), "cudaMemcpyAsync of parameters");
+        for (index_t h = 0; h < resolutions; ++h) fold(h, stream);
+        if constexpr (learned) {
+            const T* const router = value(router_matrix());
+            linear(router, width_, transposed(0), width_, logit_columns, width_, at(folded_router_), width_, stream);
+            linear(transposed(0), width_, router, width_, width_, logit_columns, at(transposed_router_), logit_columns, stream);
+        }
+    }
+
+    /// What backward needs of a forward pass. Borrows x, which must stay as it is until the last backward(). Handed to one forward pass after the other, it
+    /// allocates nothing once it has met the largest.
+    class Saved {
+    public:
+        /// What the load-balance loss adds to the loss; its gradient is in backward().
+        double balance_loss() const { return balance_loss_; }
+        /// Which resolution each row went to, [batch x tokens]; -1 for padding, 0 with ConcatenateAll. Waits for the stream.
+        std::vector<index_t> routes(cudaStream_t stream = nullptr) const {
+            std::vector<index_t> made(static_cast<std::size_t>(kept_.routes.rows.rows()));
+            if (made.empty()) return made;
+            detail::cuda::check_cuda(cudaMemcpyAsync(made.data(), kept_.routes.of_rows, made.size() * sizeof(index_t), cudaMemcpyDeviceToHost, stream), "cudaMemcpyAsync of routes");
+            detail::cuda::check_cuda(cudaStreamSynchronize(stream), "cudaStreamSynchronize");
+            return made;
+        }
+
+    private:
+        friend class CudaAdaptiveMultiResolution;
+        struct Kept {
+            detail::cuda::Routes routes{};
+            index_t* lengths = nullptr;  // of tokens, then of the landmarks of each resolution; null: all
+            T* probabilities = nullptr;  // [rows][resolutions]
+            T* context = nullptr;        // [rows][columns]: what the last map gets
+        };
+        TensorView<const T> x_;
+        Kept kept_;
+        CudaWorkspace memory_;
+        std::vector<index_t> starts_;
+        double balance_loss_ = 0;
+    };
+
+    /// y = what the CPU's layer makes of x, plus `residual` unless it has no memory.
+    /// Shapes: x, residual and y [batch x tokens, dim] in device memory, rows of contiguous columns (but x's); y must not overlap x. Of `options` key_lengths, draw
+    /// (of random routes), the stream and the workspace are used. Rows behind a length count nowhere, whatever they hold; their y is the bias, and the residual.
+    /// Waits for the stream once: the host has to know how many rows went where. Throws invalid_input, cuda_error.
+    void forward(const TensorView<const T>& x, const TensorView<const T>& residual, const TensorView<T>& y, index_t batch, Saved& saved, const CudaOptions& options = {}) const {
+        check(x, batch, options);
+        check_rows(y, x.tokens(), "y");
+        if (residual.data) check_rows(residual, x.tokens(), "residual");
+        saved.x_ = x;
+        saved.balance_loss_ = 0;
+        std::vector<index_t> valid;  // as Kept::lengths has them
+        if (!options.key_lengths.empty()) {
+            valid = options.key_lengths;
+            for (const index_t length : lengths)
+                for (const index_t tokens : options.key_lengths) valid.push_back(detail::segments(tokens, length));
+        }
+        Carver counter;
+        keep(counter, x.tokens(), batch, !valid.empty());
+        saved.memory_.reserve(counter.used());
+        Carver kept(saved.memory_.data());
+        saved.kept_ = keep(kept, x.tokens(), batch, !valid.empty());
+        if (!valid.empty())
+            detail::cuda::check_cuda(cudaMemcpyAsync(saved.kept_.lengths, valid.data(), valid.size() * sizeof(index_t), cudaMemcpyHostToDevice, options.stream), "cudaMemcpyAsync of lengths");
+        detail::cuda::with_workspace(options, [&](Carver carver) { return work(carver, residual, y, saved, options); });
+    }
+
+    /// d_x from d_y = dL/dy, of the branch alone, not of the residual; adds to the gradients of the parameters. `saved` must come from forward() of this layer
+    /// with the same parameters; of `options` the stream and the workspace are used. Queries and landmarks are made anew. Repeatable; deterministic; does not wait.
+    /// Throws as forward().
+    void backward(const Saved& saved, const TensorView<const T>& d_y, const TensorView<T>& d_x, const CudaOptions& options = {}) {
+        detail::require(saved.x_.dim() == dim_ && !saved.starts_.empty(), "saved", "a forward pass of this layer", "none");
+        check_shape(d_y, saved.x_.tokens(), "d_y");
+        check_rows(d_x, saved.x_.tokens(), "d_x");
+        detail::cuda::with_workspace(options, [&](Carver carver) { return work_backward(carver, saved, d_y, d_x, options.stream); });
+    }
+
+    /// Gradients of all parameters, by name and in their shapes, brought to the host: waits for the stream.
+    Parameters gradients(cudaStream_t stream = nullptr) const {
+        std::vector<T> host(static_cast<std::size_t>(learned_size_));
+        gradients_.copy_to(host.data(), stream);
+        Parameters made;
+        for (const Matrix& matrix : matrices_) {
+            Tensor<T> to({matrix.rows, offset_t{matrix.blocks} * dim_});
+            for_each_entry(matrix, [&](std::size_t at, std::size_t entry) { to.values[entry] = host[at]; });
+            made.emplace(matrix.name, std::move(to));
+        }
+        Tensor<T> bias({dim_});
+        std::copy_n(host.begin() + bias_, dim_, bias.values.begin());
+        made.emplace(bias_name_, std::move(bias));
+        return made;
+    }
+    void zero_gradients(cudaStream_t stream = nullptr) { fill_zeros(gradients_.data(), learned_size_, stream); }
+
+    /// Bytes of workspace that the same call of forward() takes, wherever the rows go. Throws invalid_input.
+    std::size_t workspace_bytes(const TensorView<const T>& x, index_t batch, const CudaOptions& options = {}) const {
+        check(x, batch, options);
+        Saved saved;
+        saved.x_ = x;
+        Carver counter;
+        saved.kept_ = keep(counter, x.tokens(), batch, !options.key_lengths.empty());
+        return work({}, {}, {}, saved, options);
+    }
+    /// Bytes of workspace that backward() takes.
+    std::size_t backward_workspace_bytes(const Saved& saved) const {
+        // Rows that have to be copied.
+        const TensorView<const T> d_y{nullptr, {1, 1, saved.x_.tokens(), dim_}, {0, 0, dim_, 2}, 2};
+        return work_backward({}, saved, d_y, {}, nullptr);
+    }
+
+private:
+    /// A weight [rows][blocks x dim] with rows of `width` columns a block, zeros behind; behind its rows there are zeros too.
+    struct Matrix {
+        std::string name;
+        index_t rows, blocks;
+        offset_t at;
+    };
+    /// Products of two maps that follow each other: rows of x to queries, means of x to keys and beside them values; and the same transposed.
+    struct Folded {
+        offset_t query, transposed_query, keys, transposed_keys;
+    };
+    /// Of one resolution, in workspace memory.
+    struct Path {
+        index_t marks, places;                // of a batch item
+        T *means, *landmarks, *rows, *queries;  // [batch x marks][width], [batch x marks][2 width], [batch x places][width] ..
+    };
+
+    static constexpr index_t blocks() { return all ? resolutions : 1; }
+    std::size_t router_matrix() const { return 3 + 3 * static_cast<std::size_t>(resolutions); }
+    static std::size_t own_matrix(index_t h) { return 3 + 3 * static_cast<std::size_t>(h); }
+    offset_t take(offset_t count) { return std::exchange(size_, size_ + count); }
+    void add_matrix(std::string name, index_t rows, index_t matrix_blocks) {
+        matrices_.push_back({std::move(name), rows, matrix_blocks, take(offset_t{detail::cuda::padded<T>(rows)} * matrix_blocks * width_)});
+    }
+    /// f(place in device memory, entry of the host's tensor).
+    template <class F>
+    void for_each_entry(const Matrix& matrix, F&& f) const {
+        std::size_t entry = 0;
+        for (offset_t r = 0; r < matrix.rows; ++r)
+            for (offset_t b = 0; b < matrix.blocks; ++b)
+                for (offset_t c = 0; c < dim_; ++c) f(static_cast<std::size_t>(matrix.at + (r * matrix.blocks + b) * width_ + c), entry++);
+    }
+    static const Tensor<T>& find(const Parameters& parameters, const std::string& name, const std::vector<offset_t>& shape) {
+        const Tensor<T>& found = detail::cuda::find_parameter(parameters, name);
+        if (found.shape != shape) throw invalid_input(name, detail::shape_text(shape), detail::shape_text(found.shape));
+        return found;
+    }
+    T* at(offset_t place) const { return values_.data() + place; }
+    const T* value(std::size_t matrix) const { return at(matrices_[matrix].at); }
+    const T* transposed(std::size_t matrix) const { return at(transposed_[matrix]); }
+    T* gradient(std::size_t matrix) const { return gradients_.data() + matrices_[matrix].at; }
+    static void fill_zeros(T* to, offset_t count, cudaStream_t stream) {
+        if (count > 0) detail::cuda::check_cuda(cudaMemsetAsync(to, 0, static_cast<std::size_t>(count) * sizeof(T), stream), "cudaMemsetAsync");
+    }
+
+    /// y [rows][out] = x [rows][in] weight^T, or that onto y.
+    static void linear(const T* x, std::ptrdiff_t x_stride, const T* weight, index_t in, index_t rows, index_t out, T* y, std::ptrdiff_t y_stride, cudaStream_t stream, bool adds = false) {
+        detail::cuda::LinearArguments<T> arguments{};
+        arguments.x = x;
+        arguments.weight = weight;
+        arguments.y = y;
+        arguments.rows = rows;
+        arguments.in = in;
+        arguments.out = out;
+        arguments.x_stride = x_stride;
+        arguments.y_stride = y_stride;
+        if (adds) {
+            arguments.residual = y;
+            arguments.residual_stride = y_stride;
+        }
+        detail::cuda::apply_linear(arguments, stream);
+    }
+    void fold(index_t h, cudaStream_t stream) const {
+        const Folded& to = folded_[static_cast<std::size_t>(h)];
+        const std::size_t own = own_matrix(h);
+        const offset_t square = offset_t{width_} * width_;
+        const auto product = [&](std::size_t which, T* plain, T* turned, std::ptrdiff_t turned_stride) {
+            linear(value(own + which), width_, transposed(which), width_, width_, width_, plain, width_, stream);
+            linear(transposed(which), width_, value(own + which), width_, width_, width_, turned, turned_stride, stream);
+        };
+        product(0, at(to.query), at(to.transposed_query), width_);
+        product(1, at(to.keys), at(to.transposed_keys), 2 * width_);
+        product(2, at(to.keys) + square, at(to.transposed_keys) + width_, 2 * width_);
+    }
+    /// Gradients of both factors of a folded map second * first, [rows of second, padded][width].
+    void unfold(const T* d_folded, std::size_t second, std::size_t first, T* states, cudaStream_t stream) const {
+        const index_t rows = detail::cuda::padded<T>(matrices_[second].rows);
+        linear(d_folded, width_, value(first), width_, rows, width_, gradient(second), width_, stream, true);
+        detail::cuda::sum_over_tokens(token_sum(value(second), width_, d_folded, width_, rows), states, matrix_view(gradient(first), width_, width_), true, stream);
+    }
+    /// Of contiguous rows.
+    static detail::cuda::TokenSum<T> token_sum(const T* values, index_t columns, const T* other, index_t inner, index_t rows) {
+        return {detail::cuda::packed_rows<T>(values, 1, 0, columns), detail::cuda::packed_rows<T>(other, 1, 0, inner), columns, inner, 1, rows, {nullptr, rows}};
+    }
+    static TensorView<T> matrix_view(T* data, index_t rows, index_t columns) {
+        return detail::make_view<T>(data, std::array<index_t, 2>{rows, columns}, std::array<std::ptrdiff_t, 2>{columns, 1}, "matrix");
+    }
+
+    template <class U>
+    void check_shape(const TensorView<U>& view, index_t rows, const char* argument) const {
+        const TensorView<U> wanted{nullptr, {1, 1, rows, dim_}, {}, 2};
+        if (view.extents != wanted.extents || view.rank != 2) throw invalid_input(argument, detail::shape_text(wanted), detail::shape_text(view));
+        detail::cuda::require_device_memory(view, argument);
+    }
+    /// The same, of tensors that are read and written by rows.
+    template <class U>
+    void check_rows(const TensorView<U>& view, index_t rows, const char* argument) const {
+        check_shape(view, rows, argument);
+        detail::require(dim_ == 1 || view.strides[3] == 1, argument, "rows of contiguous columns", [&] { return detail::text("a stride of ", view.strides[3]); }());
+    }
+    void check(const TensorView<const T>& x, index_t batch, const CudaOptions& options) const {
+        check_shape(x, x.tokens(), "x");
+        detail::require(batch >= 1 && x.tokens() % batch == 0, "batch", [&] { return detail::text("a number >= 1 that divides the ", x.tokens(), " rows of x"); }, batch);
+        detail::require(offset_t{x.tokens()} * blocks() <= std::numeric_limits<index_t>::max(), "x", "rows x resolutions below 2^31", x.tokens());
+        detail::check_lengths(options.key_lengths, batch, x.tokens() / batch, "key_lengths");
+        detail::require(options.query_lengths.empty(), "query_lengths", "none: queries and keys are the same tokens", options.query_lengths.size());
+        detail::require(!options.plan && options.item_plans.empty(), "plan", "none with several resolutions", "one");
+        detail::require(options.dropout.weights == 0 && options.dropout.values == 0, "dropout", "none in this layer on the device", "one");
+        detail::require(!options.accumulate, "accumulate", "false: what is added is the residual", "true");
+    }
+
+    /// What a pass keeps. The carver may only count.
+    typename Saved::Kept keep(Carver& carver, index_t rows, index_t batch, bool padding) const {
+        typename Saved::Kept made;
+        const index_t tokens = rows / batch;
+        if (padding) made.lengths = carver.template take<index_t>(offset_t{batch} * (resolutions + 1));
+        const detail::cuda::RoutedRows routed{batch, tokens, resolutions, {made.lengths, tokens}};
+        made.routes = detail::cuda::Routes::take(carver, routed, all);
+        if (learned) made.probabilities = carver.template take<T>(offset_t{rows} * resolutions);
+        made.context = carver.template take<T>(offset_t{rows} * blocks() * width_);
+        return made;
+    }
+
+    /// Places for the rows of one item at a resolution: few different numbers, so that workspace_bytes() can try them all.
+    static index_t places_for(index_t rows, index_t tokens) { return rows == 0 ? 0 : std::min(tokens, static_cast<index_t>(std::bit_ceil(static_cast<unsigned>(rows)))); }
+    /// f(resolution, places), for the places that there are, or, of a carver that counts, for all that there might be.
+    template <class F>
+    static void for_each_resolution(const Carver& carver, const Saved& saved, F&& f) {
+        const detail::cuda::RoutedRows& rows = saved.kept_.routes.rows;
+        for (index_t h = 0; h < resolutions; ++h)
+            if (carver.counts()) {
+                for (index_t places = 1; places < rows.tokens; places *= 2) f(h, places);
+                f(h, rows.tokens);
+            } else {
+                index_t most = 0;
+                for (index_t b = 0; b < rows.batch; ++b) {
+                    const auto bucket = static_cast<std::size_t>(h * rows.batch + b);
+                    most = std::max(most, saved.starts_[bucket + 1] - saved.starts_[bucket]);
+                }
+                if (most > 0) f(h, places_for(most, rows.tokens));
+            }
+    }
+
+    /// x as one row after the other, and by batch items.
+    static detail::cuda::Rows<T> rows_of(const Saved& saved, Carver& carver, cudaStream_t stream) {
+        detail::cuda::Rows<T> x = detail::cuda::as_rows(saved.x_, 1, carver, stream);
+        x.batch_stride = saved.kept_.routes.rows.tokens * x.row_stride;
+        return x;
+    }
+    static detail::cuda::Lengths landmark_lengths(const Saved& saved, index_t h, index_t marks) {
+        const index_t* const lengths_of = saved.kept_.lengths;
+        return {lengths_of ? lengths_of + (h + 1) * saved.kept_.routes.rows.batch : nullptr, marks};
+    }
+    detail::cuda::CompressionCall compression(const Saved& saved, index_t marks, cudaStream_t stream) const {
+        const detail::cuda::RoutedRows& rows = saved.kept_.routes.rows;
+        return {rows.batch, 1, rows.tokens, marks, width_, rows.lengths, stream};
+    }
+    detail::cuda::BucketRows<T> bucket(const Saved& saved, index_t h, index_t places, T* rows, T* all_rows, std::ptrdiff_t stride, bool has_gate) const {
+        const detail::cuda::Routes& routes = saved.kept_.routes;
+        return {routes.rows, routes.order, routes.starts, h, places, width_, rows, all_rows, width_, stride, has_gate ? saved.kept_.probabilities : nullptr, false};
+    }
+
+    /// Means, landmarks and queries of one resolution. Equations 7 and 8.
+    Path make_path(Carver& carver, const Saved& saved, const detail::cuda::Rows<T>& x, index_t h, index_t places, cudaStream_t stream) const {
+        const detail::cuda::RoutedRows& rows = saved.kept_.routes.rows;
+        const index_t length = lengths[static_cast<std::size_t>(h)], marks = detail::segments(rows.tokens, length);
+        const offset_t of_marks = offset_t{rows.batch} * marks * width_, of_places = offset_t{rows.batch} * places * width_;
+        const Path path{marks, places, carver.template take<T>(of_marks), carver.template take<T>(2 * of_marks), carver.template take<T>(of_places), carver.template take<T>(of_places)};
+        if (carver.counts()) return path;
+        const Folded& folded = folded_[static_cast<std::size_t>(h)];
+        const detail::cuda::CompressionCall call = compression(saved, marks, stream);
+        detail::cuda::compress_with<false>(detail::cuda::MeanForm<T>{length}, detail::cuda::CompressArguments<T>{x, {}, call, 0, detail::cuda::packed_finish(path.means, marks, width_, 1)});
+        linear(path.means, width_, at(folded.keys), width_, rows.batch * marks, 2 * width_, path.landmarks, 2 * width_, stream);
+        detail::cuda::move_rows("gather_rows", detail::cuda::gather_rows<T>, bucket(saved, h, places, path.rows, const_cast<T*>(x.data), x.row_stride, false), stream);
+        linear(path.rows, width_, at(folded.query), width_, rows.batch * places, width_, path.queries, width_, stream);
+        return path;
+    }
+    /// Rows of a resolution by sub-head.
+    template <class U>
+    TensorView<U> by_heads(U* data, index_t tokens, std::ptrdiff_t stride, index_t batch) const {
+        const index_t columns = dim_ / heads_;
+        return detail::make_view<U>(data, std::array<index_t, 4>{batch, heads_, tokens, columns}, std::array<std::ptrdiff_t, 4>{tokens * stride, columns, stride, 1}, "rows");
+    }
+    /// f(operator, values): kernel attention of the queries to the landmarks. Equation 9.
+    template <class F>
+    void with_operator(Carver& carver, const Saved& saved, const Path& path, index_t h, cudaStream_t stream, F&& f) const {
+        using namespace detail::cuda;
+        const Routes& routes = saved.kept_.routes;
+        const index_t batch = routes.rows.batch;
+        const auto q = by_heads(static_cast<const T*>(path.queries), path.places, width_, batch);
+        const auto k = by_heads(static_cast<const T*>(path.landmarks), path.marks, 2 * width_, batch), v = by_heads(static_cast<const T*>(path.landmarks) + width_, path.marks, 2 * width_, batch);
+        const OperatorCall<T> call{as_rows(q, heads_, carver, stream), as_rows(k, heads_, carver, stream), batch, heads_, heads_, path.places, path.marks, q.dim(), padded<T>(q.dim()),
+                                   {routes.counts + h * batch, path.places}, landmark_lengths(saved, h, path.marks), {}, stream};
+        const Rows<T> values = as_rows(v, heads_, carver, stream);
+        inner_.template with_operator<T>(carver, call, q, k, nullptr, nullptr, false, [&](const auto& op) { f(op, values); });
+    }
+
+    /// Routes, and the numbers of rows that the host has to know.
+    void route(Carver& carver, const detail::cuda::Rows<T>& x, Saved& saved, const CudaOptions& options) const {
+        using namespace detail::cuda;
+        const cudaStream_t stream = options.stream;
+        const Routes& routes = saved.kept_.routes;
+        Routing routing(carver, routes, stream);
+        double* const sums = carver.template take<double>(learned ? resolutions : 0);
+        if (carver.counts()) return;
+        double balance = 0;
+        if constexpr (learned) {
+            T* const probabilities = saved.kept_.probabilities;
+            linear(x.data, x.row_stride, at(folded_router_), width_, routes.rows.rows(), resolutions, probabilities, resolutions, stream);
+            routing.template choose<T>(probabilities, probabilities);
+            balance = recipe_.router.balance;
+        } else if constexpr (all) routing.send_to_all();
+        else routing.draw(recipe_.router.seed, options.draw);
+        routing.sort();
+        saved.starts_.resize(static_cast<std::size_t>(routes.rows.buckets()) + 1);
+        check_cuda(cudaMemcpyAsync(saved.starts_.data(), routes.starts, saved.starts_.size() * sizeof(index_t), cudaMemcpyDeviceToHost, stream), "cudaMemcpyAsync of starts");
+        double mean[static_cast<std::size_t>(resolutions)] = {};
+        if (balance > 0) {
+            launch("sum_probabilities", sum_probabilities<T>, dim3(static_cast<unsigned>(resolutions)), probability_threads, 0, stream, static_cast<const T*>(saved.kept_.probabilities), routes.rows.rows(), index_t{resolutions}, sums);
+            check_cuda(cudaMemcpyAsync(mean, sums, sizeof mean, cudaMemcpyDeviceToHost, stream), "cudaMemcpyAsync of probabilities");
+        }
+        check_cuda(cudaStreamSynchronize(stream), "cudaStreamSynchronize");
+        const double total = saved.starts_.back();
+        if (balance > 0 && total > 0)
+            for (index_t h = 0; h < resolutions; ++h) {
+                const auto first = static_cast<std::size_t>(h * routes.rows.batch), last = first + static_cast<std::size_t>(routes.rows.batch);
+                saved.balance_loss_ += balance * resolutions * (saved.starts_[last] - saved.starts_[first]) / total * (mean[static_cast<std::size_t>(h)] / total);
+            }
+    }
+
+    /// The forward pass, or, with a carver that counts, only the bytes that it takes. Resolutions come one after the other, in the same memory.
+    std::size_t work(Carver carver, const TensorView<const T>& residual, const TensorView<T>& y, Saved& saved, const CudaOptions& options) const {
+        using namespace detail::cuda;
+        const cudaStream_t stream = options.stream;
+        const Rows<T> x = rows_of(saved, carver, stream);
+        const index_t rows = saved.x_.tokens(), batch = saved.kept_.routes.rows.batch, columns = blocks() * width_;
+        T* const context = saved.kept_.context;
+        Carver own = carver;
+        route(own, x, saved, options);
+        std::size_t most = own.used();
+        if (!carver.counts()) fill_zeros(context, offset_t{rows} * columns, stream);
+        for_each_resolution(carver, saved, [&](index_t h, index_t places) {
+            Carver scratch = carver;
+            const Path path = make_path(scratch, saved, x, h, places, stream);
+            const offset_t numbers = offset_t{batch} * places * width_;
+            T* const out = scratch.template take<T>(numbers);
+            with_operator(scratch, saved, path, h, stream, [&](const auto& op, const Rows<T>& values) {
+                most = std::max(most, scratch.used());
+                if (scratch.counts()) return;
+                fill_zeros(out, numbers, stream);  // columns that pad rows
+                op.prepare();
+                Finish<T> finish;
+                set_target(finish, by_heads(out, places, width_, batch));
+                op.apply(true, values, finish);
+                move_rows("scatter_rows", scatter_rows<T>, bucket(saved, h, places, out, context + (all ? h * width_ : 0), columns, gated), stream);
+            });
+        });
+        if (carver.counts()) return most;
+        // Equation 11.
+        LinearArguments<T> merge{};
+        merge.x = context;
+        merge.weight = value(matrices_.size() - 1);
+        merge.bias = at(bias_);
+        merge.residual = residual.data;
+        merge.residual_stride = residual.strides[2];
+        merge.y = y.data;
+        merge.rows = rows;
+        merge.in = columns;
+        merge.out = dim_;
+        merge.x_stride = columns;
+        merge.y_stride = y.strides[2];
+        apply_linear(merge, stream);
+        return most;
+    }
+
+    /// The backward pass, or only the bytes that it takes.
+    std::size_t work_backward(Carver carver, const Saved& saved, const TensorView<const T>& d_y, const TensorView<T>& d_x, cudaStream_t stream) const {
+        using namespace detail::cuda;
+        constexpr index_t vector = 16 / sizeof(T);
+        const Routes& routes = saved.kept_.routes;
+        const index_t rows = saved.x_.tokens(), batch = routes.rows.batch, tokens = routes.rows.tokens, columns = blocks() * width_;
+        const T* const context = saved.kept_.context;
+        const std::size_t merge = matrices_.size() - 1;
+        const Rows<T> x = rows_of(saved, carver, stream), d = as_rows(d_y, 1, carver, stream);
+        T* const d_context = carver.template take<T>(offset_t{rows} * columns);
+        std::size_t most = carver.used();
+        const bool works = !carver.counts() && rows > 0;
+        {
+            TokenSum<T> of_weight = token_sum(nullptr, width_, context, columns, rows), of_bias = token_sum(nullptr, width_, nullptr, vector, rows);
+            of_weight.values = of_bias.values = d;
+            Carver scratch = carver;
+            T* const ones = scratch.template take<T>(vector);
+            T* const states = scratch.template take<T>(std::max(of_weight.states_size(), of_bias.states_size()));
+            most = std::max(most, scratch.used());
+            if (works) {
+                linear(d.data, d.row_stride, at(transposed_merge_), width_, rows, columns, d_context, columns, stream);
+                sum_over_tokens(of_weight, states, matrix_view(gradient(merge), width_, columns), true, stream);
+                launch("fill_ones", fill_ones<T>, dim3(1), vector, 0, stream, ones, offset_t{vector});
+                of_bias.other = {ones, 0, 0, 0, 1, 1};
+                sum_over_tokens(of_bias, states, matrix_view(gradients_.data() + bias_, width_, 1), true, stream);
+                if (d_x.size() > 0) check_cuda(cudaMemset2DAsync(d_x.data, static_cast<std::size_t>(std::max<std::ptrdiff_t>(d_x.strides[2], dim_)) * sizeof(T), 0, static_cast<std::size_t>(dim_) * sizeof(T), static_cast<std::size_t>(rows), stream), "cudaMemset2DAsync");
+            }
+        }
+        for_each_resolution(carver, saved, [&](index_t h, index_t places) {
+            Carver scratch = carver;
+            const Path path = make_path(scratch, saved, x, h, places, stream);
+            const offset_t of_places = offset_t{batch} * places * width_, of_marks = offset_t{batch} * path.marks * width_;
+            T* const d_out = scratch.template take<T>(of_places);
+            T* const d_queries = scratch.template take<T>(of_places);
+            T* const d_landmarks = scratch.template take<T>(2 * of_marks);
+            if (works) {
+                move_rows("gather_rows", gather_rows<T>, bucket(saved, h, places, d_out, d_context + (all ? h * width_ : 0), columns, gated), stream);
+                fill_zeros(d_queries, of_places, stream);
+                fill_zeros(d_landmarks, 2 * of_marks, stream);
+            }
+            with_operator(scratch, saved, path, h, stream, [&](const auto& op, const Rows<T>& values) {
+                const T* const d_heads = packed_copy<T>(by_heads(static_cast<const T*>(d_out), places, width_, batch), scratch, stream);
+                const auto gradient_scratch = op.take_gradient(scratch);
+                if (scratch.counts()) return;
+                const index_t head_columns = padded<T>(dim_ / heads_);
+                Finish<T> finish_q, finish_v;
+                set_target(finish_q, by_heads(d_queries, places, width_, batch));
+                set_target(finish_v, by_heads(d_landmarks + width_, path.marks, 2 * width_, batch));
+                op.prepare_backward();
+                op.apply_transposed(packed_rows<T>(d_heads, heads_, offset_t{places} * head_columns, head_columns), finish_v);
+                op.gradient(gradient_scratch, Hops<T>{1, d_heads, nullptr, values, places, head_columns, nullptr}, finish_q, by_heads(d_landmarks, path.marks, 2 * width_, batch));
+            });
+            T* const d_rows = scratch.template take<T>(of_places);
+            T* const d_means = scratch.template take<T>(of_marks);
+            T* const d_folded = scratch.template take<T>(offset_t{2} * width_ * width_);
+            const TokenSum<T> of_query = token_sum(d_queries, width_, path.rows, width_, batch * places), of_keys = token_sum(d_landmarks, 2 * width_, path.means, width_, batch * path.marks);
+            T* const states = scratch.template take<T>(std::max({of_query.states_size(), of_keys.states_size(), token_sum(nullptr, width_, nullptr, width_, width_).states_size()}));
+            most = std::max(most, scratch.used());
+            if (!works) return;
+            const Folded& folded = folded_[static_cast<std::size_t>(h)];
+            const std::size_t own = own_matrix(h);
+            // Queries: rows of x, scattered back.
+            linear(d_queries, width_, at(folded.transposed_query), width_, batch * places, width_, d_rows, width_, stream);
+            BucketRows<T> back = bucket(saved, h, places, d_rows, d_x.data, d_x.strides[2], false);
+            back.columns = dim_;
+            back.adds = true;
+            move_rows("scatter_rows", scatter_rows<T>, back, stream);
+            sum_over_tokens(of_query, states, matrix_view(d_folded, width_, width_), false, stream);
+            unfold(d_folded, own, 0, states, stream);
+            // Landmarks: means of x, spread back.
+            linear(d_landmarks, 2 * width_, at(folded.transposed_keys), 2 * width_, batch * path.marks, width_, d_means, width_, stream);
+            const index_t length = lengths[static_cast<std::size_t>(h)];
+            Finish<T> finish;
+            const auto by_items = detail::make_view<T>(d_x.data, std::array<index_t, 4>{batch, 1, tokens, dim_}, std::array<std::ptrdiff_t, 4>{tokens * d_x.strides[2], 0, d_x.strides[2], 1}, "d_x");
+            set_target(finish, by_items);
+            finish.accumulate = true;
+            compress_with<true>(MeanForm<T>{length}, CompressArguments<T>{x, packed_rows<T>(d_means, 1, offset_t{path.marks} * width_, width_), compression(saved, path.marks, stream), 0, finish});
+            sum_over_tokens(of_keys, states, matrix_view(d_folded, 2 * width_, width_), false, stream);
+            unfold(d_folded, own + 1, 1, states, stream);
+            unfold(d_folded + offset_t{width_} * width_, own + 2, 2, states, stream);
+        });
+        if constexpr (learned) {
+            constexpr bool learns = !std::is_same_v<Router, TopOne<Literal>>;
+            if (!learns && recipe_.router.balance <= 0) return most;
+            T* const d_logits = carver.template take<T>(offset_t{rows} * logit_columns);
+            T* const d_folded = carver.template take<T>(offset_t{logit_columns} * width_);
+            TokenSum<T> of_router = token_sum(d_logits, logit_columns, nullptr, width_, rows);
+            // Item by item, since rows of x that are padding may hold anything.
+            of_router.values = packed_rows<T>(d_logits, 1, offset_t{tokens} * logit_columns, logit_columns);
+            of_router.other = x;
+            of_router.items = batch;
+            of_router.tokens = tokens;
+            of_router.lengths = routes.rows.lengths;
+            T* const states = carver.template take<T>(std::max(of_router.states_size(), token_sum(nullptr, width_, nullptr, width_, logit_columns).states_size()));
+            most = std::max(most, carver.used());
+            if (!works) return most;
+            const RouterGradientArguments<T> arguments{routes.rows, routes.of_rows, routes.starts, saved.kept_.probabilities, context, d_context, columns, learns, gated, recipe_.router.balance, d_logits, logit_columns};
+            launch("router_gradient", router_gradient<T>, dim3(blocks_for(rows, 4)), 128, 0, stream, arguments);
+            linear(d_logits, logit_columns, at(transposed_router_), logit_columns, rows, dim_, d_x.data, d_x.strides[2], stream, true);
+            sum_over_tokens(of_router, states, matrix_view(d_folded, logit_columns, width_), false, stream);
+            unfold(d_folded, router_matrix(), 0, states, stream);
+        }
+        return most;
+    }
+
+    Inner inner_;
+    Recipe recipe_;
+    index_t dim_ = 0, width_ = 0, heads_;  // width: dim, padded
+    std::vector<Matrix> matrices_;         // query, key, value; those of each resolution; the router; merge
+    std::string bias_name_;
+    offset_t size_ = 0, learned_size_ = 0, bias_ = 0, transposed_merge_ = 0, folded_router_ = 0, transposed_router_ = 0;
+    std::array<offset_t, 3> transposed_{};
+    std::array<Folded, static_cast<std::size_t>(resolutions)> folded_{};
+    CudaTensor<T> values_, gradients_;
+};
+
+}  // namespace nn
 
 POLYATTN_END_NAMESPACE

@@ -77,14 +77,38 @@ __global__ void find_bucket_starts(const Key* sorted, offset_t count, index_t bu
     for (index_t bucket = before + 1; bucket <= own; ++bucket) starts[bucket] = static_cast<index_t>(at);
 }
 
-/// Routes of one batch. Stable, without atomics. O(rows).
+/// How many rows each bucket has.
+template <class Index>
+__global__ void count_bucket_rows(const Index* starts, Index buckets, Index* counts) {
+    const auto bucket = static_cast<Index>(blockIdx.x * blockDim.x + threadIdx.x);
+    if (bucket < buckets) counts[bucket] = starts[bucket + 1] - starts[bucket];
+}
+
+/// Where the rows of a batch go; with `all`, every row to each resolution.
+struct Routes {
+    RoutedRows rows;
+    bool all;
+    index_t* of_rows;  // [rows], -1 for padding
+    index_t* order;    // rows by (resolution, batch item, place), as many as the last start says; padding behind
+    index_t* starts;   // [resolutions x batch + 1]: of each (resolution, batch item) in `order`
+    index_t* counts;   // [resolutions x batch]
+
+    offset_t count() const { return offset_t{rows.rows()} * (all ? rows.resolutions : 1); }
+    /// The carver may only count.
+    static Routes take(Carver& carver, const RoutedRows& rows, bool all) {
+        Routes made{rows, all, carver.take<index_t>(rows.rows()), nullptr, nullptr, nullptr};
+        made.order = carver.take<index_t>(made.count());
+        made.starts = carver.take<index_t>(offset_t{rows.buckets()} + 1);
+        made.counts = carver.take<index_t>(rows.buckets());
+        return made;
+    }
+};
+
+/// Makes routes. Stable, without atomics. O(rows).
 class Routing {
 public:
-    /// With `all`, every row goes to each resolution. The carver may only count.
-    Routing(Carver& carver, const RoutedRows& rows, bool all, cudaStream_t stream) : rows_(rows), all_(all), count_(offset_t{rows.rows()} * (all ? rows.resolutions : 1)), stream_(stream) {
-        routes_ = carver.take<index_t>(rows.rows());
-        order_ = carver.take<index_t>(count_);
-        starts_ = carver.take<index_t>(offset_t{rows.buckets()} + 1);
+    /// The carver is for scratch memory and may only count.
+    Routing(Carver& carver, const Routes& routes, cudaStream_t stream) : routes_(routes), count_(routes.count()), stream_(stream) {
         keys_ = carver.take<std::uint32_t>(count_);
         sorted_ = carver.take<std::uint32_t>(count_);
         values_ = carver.take<index_t>(count_);
@@ -95,67 +119,60 @@ public:
     /// Of logits [rows][resolutions].
     template <class T>
     void choose(const T* logits, T* probabilities) const {
-        if (rows_.rows() > 0) launch("choose_routes", choose_routes<T>, grid(rows_.rows()), threads, 0, stream_, rows_, logits, probabilities, routes_);
+        if (rows() > 0) launch("choose_routes", choose_routes<T>, grid(rows()), threads, 0, stream_, routes_.rows, logits, probabilities, routes_.of_rows);
     }
     void draw(std::uint64_t seed, const Draw& draw) const {
-        if (rows_.rows() > 0) launch("draw_routes", draw_routes<index_t>, grid(rows_.rows()), threads, 0, stream_, rows_, seed, draw.hash(), routes_);
+        if (rows() > 0) launch("draw_routes", draw_routes<index_t>, grid(rows()), threads, 0, stream_, routes_.rows, seed, draw.hash(), routes_.of_rows);
     }
     void send_to_all() const {
-        if (rows_.rows() > 0) launch("mark_valid_rows", mark_valid_rows<index_t>, grid(rows_.rows()), threads, 0, stream_, rows_, routes_);
+        if (rows() > 0) launch("mark_valid_rows", mark_valid_rows<index_t>, grid(rows()), threads, 0, stream_, routes_.rows, routes_.of_rows);
     }
     /// After one of these.
     void sort() {
+        const index_t buckets = routes_.rows.buckets();
         if (count_ > 0) {
-            launch("make_bucket_keys", make_bucket_keys<std::uint32_t>, grid(count_), threads, 0, stream_, rows_, all_, static_cast<const index_t*>(routes_), keys_, values_, count_);
+            launch("make_bucket_keys", make_bucket_keys<std::uint32_t>, grid(count_), threads, 0, stream_, routes_.rows, routes_.all, static_cast<const index_t*>(routes_.of_rows), keys_, values_, count_);
             check_cuda(sort_pairs(memory_), "cub::DeviceRadixSort");
         }
-        launch("find_bucket_starts", find_bucket_starts<std::uint32_t>, grid(count_ + 1), threads, 0, stream_, static_cast<const std::uint32_t*>(sorted_), count_, rows_.buckets(), starts_);
+        launch("find_bucket_starts", find_bucket_starts<std::uint32_t>, grid(count_ + 1), threads, 0, stream_, static_cast<const std::uint32_t*>(sorted_), count_, buckets, routes_.starts);
+        if (buckets > 0) launch("count_bucket_rows", count_bucket_rows<index_t>, grid(buckets), threads, 0, stream_, static_cast<const index_t*>(routes_.starts), buckets, routes_.counts);
     }
-
-    const RoutedRows& rows() const { return rows_; }
-    bool all() const { return all_; }
-    offset_t count() const { return count_; }
-    cudaStream_t stream() const { return stream_; }
-    /// [rows], -1 for padding.
-    const index_t* routes() const { return routes_; }
-    /// Rows by (resolution, batch item, place), so many as the last start says; padding behind.
-    const index_t* order() const { return order_; }
-    /// [resolutions x batch + 1].
-    const index_t* starts() const { return starts_; }
 
 private:
     static constexpr int threads = 256;
     static dim3 grid(offset_t count) { return dim3(blocks_for(count, threads)); }
+    index_t rows() const { return routes_.rows.rows(); }
     cudaError_t sort_pairs(void* memory) {
-        return cub::DeviceRadixSort::SortPairs(memory, bytes_, static_cast<const std::uint32_t*>(keys_), sorted_, static_cast<const index_t*>(values_), order_, count_, 0, std::bit_width(static_cast<unsigned>(rows_.buckets())), stream_);
+        return cub::DeviceRadixSort::SortPairs(memory, bytes_, static_cast<const std::uint32_t*>(keys_), sorted_, static_cast<const index_t*>(values_), routes_.order, count_, 0,
+                                               std::bit_width(static_cast<unsigned>(routes_.rows.buckets())), stream_);
     }
 
-    RoutedRows rows_;
-    bool all_;
+    Routes routes_;
     offset_t count_;
     cudaStream_t stream_;
-    index_t *routes_, *order_, *starts_, *values_;
+    index_t* values_;
     std::uint32_t *keys_, *sorted_;
     std::byte* memory_ = nullptr;
     std::size_t bytes_ = 0;
 };
 
-/// The rows of one resolution, [batch][places][columns], and all rows, where they belong.
+/// The rows of one resolution, [batch][places], and all rows, where they belong.
 template <class T>
 struct BucketRows {
     RoutedRows rows;
     const index_t *order, *starts;
     index_t resolution, places, columns;
-    T* bucket;
-    T* all;               // rows as long as all_stride
-    offset_t all_stride;
-    const T* gates;       // [rows][resolutions]: what a row is multiplied with on its way back; null: 1
+    T *bucket, *all;
+    offset_t bucket_stride, all_stride;  // from row to row
+    const T* gates;       // [rows][resolutions]: what a row is multiplied with on its way; null: 1
+    bool adds;            // scattered rows are added to what is there
 
     /// The row at a place of an item, or -1.
     __device__ index_t row(index_t item, index_t place) const {
         const index_t begin = starts[resolution * rows.batch + item], end = starts[resolution * rows.batch + item + 1];
         return place < end - begin ? order[begin + place] : -1;
     }
+    __device__ T gate(index_t row) const { return gates ? gates[offset_t{row} * rows.resolutions + resolution] : T(1); }
 };
 
 /// Rows to a resolution; places without a row become 0.
@@ -164,17 +181,18 @@ __global__ void gather_rows(const __grid_constant__ BucketRows<T> a) {
     const auto at = static_cast<offset_t>(blockIdx.x) * blockDim.x + threadIdx.x;
     if (at >= offset_t{a.places} * a.columns) return;
     const auto item = static_cast<index_t>(blockIdx.y), row = a.row(item, static_cast<index_t>(at / a.columns));
-    a.bucket[item * offset_t{a.places} * a.columns + at] = row < 0 ? T(0) : a.all[row * a.all_stride + at % a.columns];
+    a.bucket[(item * offset_t{a.places} + at / a.columns) * a.bucket_stride + at % a.columns] = row < 0 ? T(0) : a.gate(row) * a.all[row * a.all_stride + at % a.columns];
 }
-/// And back; rows of other resolutions stay as they are.
+/// And back, a row at most once; rows of other resolutions stay as they are.
 template <class T>
 __global__ void scatter_rows(const __grid_constant__ BucketRows<T> a) {
     const auto at = static_cast<offset_t>(blockIdx.x) * blockDim.x + threadIdx.x;
     if (at >= offset_t{a.places} * a.columns) return;
     const auto item = static_cast<index_t>(blockIdx.y), row = a.row(item, static_cast<index_t>(at / a.columns));
     if (row < 0) return;
-    const T gate = a.gates ? a.gates[offset_t{row} * a.rows.resolutions + a.resolution] : T(1);
-    a.all[row * a.all_stride + at % a.columns] = gate * a.bucket[item * offset_t{a.places} * a.columns + at];
+    T& to = a.all[row * a.all_stride + at % a.columns];
+    const T value = a.gate(row) * a.bucket[(item * offset_t{a.places} + at / a.columns) * a.bucket_stride + at % a.columns];
+    to = a.adds ? to + value : value;
 }
 
 /// One of the two kernels, on all batch items.

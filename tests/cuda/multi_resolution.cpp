@@ -1,0 +1,418 @@
+// AdaMRA's layer on the device against the CPU's in double: outputs, and gradients of x and of every parameter, within bounds that are computed beside them.
+#include "cuda/device_multi_resolution.hpp"
+#include "support/random.hpp"
+
+#include <polyattn/nn/adaptive_multi_resolution.hpp>
+#include <polyattn/polyattn.hpp>
+
+#include <doctest/doctest.h>
+
+using namespace polyattn;
+
+namespace {
+
+double unit;  // roundoff of the device's numbers
+
+/// A number, and how far off it may be where it is computed with this roundoff, by any order of the sums in it.
+struct Bounded {
+    double value = 0, error = 0;
+    double size() const { return std::abs(value) + error; }
+};
+Bounded operator*(Bounded a, Bounded b) {
+    const double product = a.size() * b.size();
+    return {a.value * b.value, product - std::abs(a.value * b.value) + unit * product};
+}
+Bounded operator+(Bounded a, Bounded b) { return {a.value + b.value, a.error + b.error + unit * (std::abs(a.value + b.value) + a.error + b.error)}; }
+Bounded operator-(Bounded a) { return {-a.value, a.error}; }
+Bounded inverse(Bounded a) {
+    const double least = std::abs(a.value) - a.error;
+    return {1 / a.value, least > 0 ? a.error / std::abs(a.value) / least + unit / least : 1e300};
+}
+/// e^x, within four units on the device.
+Bounded exponential(Bounded a) { return {std::exp(a.value), std::exp(a.value) * (std::expm1(a.error) + 4 * unit * std::exp(a.error))}; }
+
+class Sum {
+public:
+    void add(Bounded term) {
+        total_.value += term.value;
+        total_.error += term.error;
+        sizes_ += term.size();
+        ++terms_;
+    }
+    Bounded total() const { return {total_.value, total_.error + 1.01 * terms_ * unit * sizes_}; }
+
+private:
+    Bounded total_;
+    double sizes_ = 0, terms_ = 0;
+};
+
+struct Matrix {
+    Matrix() = default;
+    Matrix(index_t r, index_t c) : rows(r), columns(c), entries(static_cast<std::size_t>(r) * static_cast<std::size_t>(c)) {}
+    explicit Matrix(const Tensor<double>& from) : Matrix(static_cast<index_t>(from.shape[0]), static_cast<index_t>(from.shape.size() < 2 ? 1 : from.shape[1])) {
+        for (std::size_t i = 0; i < entries.size(); ++i) entries[i].value = from.values[i];
+    }
+    Bounded& operator()(index_t r, index_t c) { return entries[static_cast<std::size_t>(r) * static_cast<std::size_t>(columns) + static_cast<std::size_t>(c)]; }
+    const Bounded& operator()(index_t r, index_t c) const { return const_cast<Matrix&>(*this)(r, c); }
+    index_t rows = 0, columns = 0;
+    std::vector<Bounded> entries;
+};
+Matrix transposed(const Matrix& a) {
+    Matrix made(a.columns, a.rows);
+    for (index_t r = 0; r < a.rows; ++r)
+        for (index_t c = 0; c < a.columns; ++c) made(c, r) = a(r, c);
+    return made;
+}
+Matrix operator*(const Matrix& a, const Matrix& b) {
+    Matrix made(a.rows, b.columns);
+    for (index_t r = 0; r < a.rows; ++r)
+        for (index_t c = 0; c < b.columns; ++c) {
+            Sum sum;
+            for (index_t k = 0; k < a.columns; ++k) sum.add(a(r, k) * b(k, c));
+            made(r, c) = sum.total();
+        }
+    return made;
+}
+void add(Matrix& to, const Matrix& from) {
+    if (to.entries.empty()) to = from;
+    else
+        for (std::size_t i = 0; i < to.entries.size(); ++i) to.entries[i] = to.entries[i] + from.entries[i];
+}
+
+Bounded feature(const ReLU&, Bounded x) { return x.value < -x.error ? Bounded{} : Bounded{std::max(x.value, 0.), x.error}; }
+Bounded slope(const ReLU&, Bounded x) { return {x.value > 0 ? 1. : 0., std::abs(x.value) <= x.error && x.error > 0 ? 1. : 0.}; }
+Bounded feature(const EluPlusOne&, Bounded x) { return x.value > x.error ? x + Bounded{1, 0} : Bounded{x.value > 0 ? x.value + 1 : std::exp(x.value), exponential(x).error + x.error}; }
+Bounded slope(const EluPlusOne&, Bounded x) { return x.value > x.error ? Bounded{1, 0} : Bounded{x.value > 0 ? 1 : std::exp(x.value), exponential(x).error + x.error}; }
+
+/// The layer by the formulas, on numbers that carry their errors. Rows of other items or padding are simply left out.
+template <class Recipe>
+struct Formulas;
+template <index_t... L, class Router, class Features, class Divisor>
+struct Formulas<MultiResolution<SegmentMeans<L...>, Router, Kernel<Features, Divisor>>> {
+    static constexpr index_t resolutions = sizeof...(L);
+    static constexpr bool learned = detail::is_learned_router<Router>, all = std::is_same_v<Router, ConcatenateAll>, gated = std::is_same_v<Router, TopOne<Switch>>;
+    Matrix y, d_x;
+    std::map<std::string, Matrix> gradients;
+    bool routes_are_sure = true;
+
+    Formulas(const MultiResolution<SegmentMeans<L...>, Router, Kernel<Features, Divisor>>& recipe, const DevicePass<double>& pass, const std::vector<index_t>& routes) {
+        const std::array<index_t, resolutions> lengths = {L...};
+        const Matrix x(pass.x), d_y(pass.d_y);
+        const index_t rows = x.rows, dim = x.columns, batch = pass.batch, tokens = rows / batch, width = dim / pass.heads;
+        const auto parameter = [&](const std::string& name) { return Matrix(pass.parameters.at("layer." + name)); };
+        const auto valid = [&](index_t b) { return pass.options.key_lengths.empty() ? tokens : pass.options.key_lengths[static_cast<std::size_t>(b)]; };
+        const Matrix wq = parameter("query"), wk = parameter("key"), wv = parameter("value"), merge = parameter("merge.weight"), bias = parameter("merge.bias");
+        std::vector<std::vector<index_t>> rows_at(static_cast<std::size_t>(resolutions * batch));
+        index_t total = 0;
+        for (index_t b = 0; b < batch; ++b)
+            for (index_t i = 0; i < valid(b); ++i, ++total)
+                for (index_t h = 0; h < resolutions; ++h)
+                    if (all || routes[static_cast<std::size_t>(b * tokens + i)] == h) rows_at[static_cast<std::size_t>(h * batch + b)].push_back(b * tokens + i);
+        const auto share = [&](index_t h) {
+            double count = 0;
+            for (index_t b = 0; b < batch; ++b) count += double(rows_at[static_cast<std::size_t>(h * batch + b)].size());
+            return count / total;
+        };
+
+        Matrix folded_router, p(rows, resolutions), context(rows, (all ? resolutions : 1) * dim);
+        if constexpr (learned) {
+            folded_router = parameter("router") * wq;
+            const Matrix logits = x * transposed(folded_router);
+            for (index_t r = 0; r < rows; ++r) {
+                const index_t route = routes[static_cast<std::size_t>(r)];
+                if (route < 0) continue;
+                Sum sum;
+                for (index_t h = 0; h < resolutions; ++h) {
+                    if (h != route && logits(r, route).value - logits(r, h).value <= logits(r, route).error + logits(r, h).error) routes_are_sure = false;
+                    sum.add(p(r, h) = exponential(logits(r, h) + -logits(r, route)));
+                }
+                for (index_t h = 0; h < resolutions; ++h) p(r, h) = p(r, h) * inverse(sum.total());
+            }
+        }
+        const auto gate = [&](index_t row, index_t h) { return gated ? p(row, h) : Bounded{1, 0}; };
+        struct Item {
+            Matrix means, queries, phi_q, keys, phi_k, values;
+        };
+        std::vector<Item> items(rows_at.size());
+        std::vector<Matrix> folded_query, folded_key, folded_value;
+        const double epsilon = std::is_same_v<Divisor, DefaultDenominator> ? AddEpsilon{}.epsilon : 0;
+        const auto rows_of = [&](const Matrix& from, const std::vector<index_t>& which) {
+            Matrix made(static_cast<index_t>(which.size()), from.columns);
+            for (index_t r = 0; r < made.rows; ++r)
+                for (index_t c = 0; c < made.columns; ++c) made(r, c) = from(which[static_cast<std::size_t>(r)], c);
+            return made;
+        };
+        const auto map = [&](const Matrix& from) {
+            Matrix made = from;
+            for (Bounded& entry : made.entries) entry = feature(recipe.score.features, entry);
+            return made;
+        };
+        // Of one row and sub-head: 1 / denominator, and sum_j phi(k_j).
+        const auto sum_of_keys = [&](const Item& item, index_t c) {
+            Sum sum;
+            for (index_t j = 0; j < item.phi_k.rows; ++j) sum.add(item.phi_k(j, c));
+            return sum.total();
+        };
+        const auto inverse_of = [&](const Item& item, index_t r, index_t first) -> Bounded {
+            Sum sum;
+            for (index_t c = first; c < first + width; ++c) sum.add(item.phi_q(r, c) * sum_of_keys(item, c));
+            sum.add({epsilon, unit * epsilon});
+            return sum.total().value == 0 ? Bounded{} : inverse(sum.total());
+        };
+        const auto state = [&](const Item& item, index_t f, index_t c) {
+            Sum sum;
+            for (index_t j = 0; j < item.phi_k.rows; ++j) sum.add(item.phi_k(j, f) * item.values(j, c));
+            return sum.total();
+        };
+        for (index_t h = 0; h < resolutions; ++h) {
+            const std::string own = detail::text("resolution", h, ".");
+            folded_query.push_back(parameter(own + "query") * wq);
+            folded_key.push_back(parameter(own + "key") * wk);
+            folded_value.push_back(parameter(own + "value") * wv);
+            for (index_t b = 0; b < batch; ++b) {
+                Item& item = items[static_cast<std::size_t>(h * batch + b)];
+                const auto& which = rows_at[static_cast<std::size_t>(h * batch + b)];
+                const index_t length = lengths[static_cast<std::size_t>(h)], marks = detail::segments(valid(b), length);
+                item.means = Matrix(marks, dim);
+                for (index_t j = 0; j < marks; ++j)
+                    for (index_t c = 0; c < dim; ++c) {
+                        const index_t last = std::min((j + 1) * length, valid(b));
+                        Sum sum;
+                        for (index_t i = j * length; i < last; ++i) sum.add(inverse({double(last - j * length), 0}) * x(b * tokens + i, c));
+                        item.means(j, c) = sum.total();
+                    }
+                const auto h_at = static_cast<std::size_t>(h);
+                item.queries = rows_of(x, which) * transposed(folded_query[h_at]);
+                item.keys = item.means * transposed(folded_key[h_at]);
+                item.values = item.means * transposed(folded_value[h_at]);
+                item.phi_q = map(item.queries);
+                item.phi_k = map(item.keys);
+                for (index_t s = 0; s < pass.heads; ++s)
+                    for (index_t c = s * width; c < (s + 1) * width; ++c) {
+                        std::vector<Bounded> states;
+                        for (index_t f = s * width; f < (s + 1) * width; ++f) states.push_back(state(item, f, c));
+                        for (index_t r = 0; r < item.phi_q.rows; ++r) {
+                            const index_t row = which[static_cast<std::size_t>(r)];
+                            Sum sum;
+                            const Bounded divisor = inverse_of(item, r, s * width);
+                            for (index_t f = 0; f < width; ++f) sum.add(item.phi_q(r, s * width + f) * divisor * states[static_cast<std::size_t>(f)]);
+                            context(row, (all ? h * dim : 0) + c) = gate(row, h) * sum.total();
+                        }
+                    }
+            }
+        }
+        y = context * transposed(merge);
+        for (index_t r = 0; r < rows; ++r)
+            for (index_t c = 0; c < dim; ++c) {
+                y(r, c) = y(r, c) + bias(c, 0);
+                if (!pass.residual.shape.empty()) y(r, c) = y(r, c) + Bounded{pass.residual.values[static_cast<std::size_t>(r * dim + c)], 0};
+            }
+
+        const Matrix d_context = d_y * merge;
+        d_x = Matrix(rows, dim);
+        gradients["merge.weight"] = transposed(d_y) * context;
+        Matrix ones(rows, 1);
+        for (Bounded& entry : ones.entries) entry.value = 1;
+        gradients["merge.bias"] = transposed(d_y) * ones;
+        const auto unfold = [&](const Matrix& d_folded, const std::string& second, const std::string& first) {
+            add(gradients[second], d_folded * transposed(parameter(first)));
+            add(gradients[first], transposed(parameter(second)) * d_folded);
+        };
+        for (index_t h = 0; h < resolutions; ++h) {
+            Matrix d_query(dim, dim), d_key(dim, dim), d_value(dim, dim);
+            for (index_t b = 0; b < batch; ++b) {
+                const Item& item = items[static_cast<std::size_t>(h * batch + b)];
+                const auto& which = rows_at[static_cast<std::size_t>(h * batch + b)];
+                const index_t queries = item.queries.rows, marks = item.keys.rows;
+                Matrix d_q(queries, dim), d_k(marks, dim), d_v(marks, dim), weighted(queries, dim), d_out(queries, dim), g(queries, pass.heads);
+                for (index_t s = 0; s < pass.heads; ++s) {
+                    const index_t first = s * width, last = first + width;
+                    Matrix states(width, width);
+                    for (index_t f = 0; f < width; ++f)
+                        for (index_t c = 0; c < width; ++c) states(f, c) = state(item, first + f, first + c);
+                    for (index_t r = 0; r < queries; ++r) {
+                        const index_t row = which[static_cast<std::size_t>(r)];
+                        const Bounded divisor = inverse_of(item, r, first);
+                        std::vector<Bounded> d_a;
+                        Sum along;
+                        for (index_t c = first; c < last; ++c) d_out(r, c) = gate(row, h) * d_context(row, (all ? h * dim : 0) + c);
+                        for (index_t f = first; f < last; ++f) {
+                            weighted(r, f) = item.phi_q(r, f) * divisor;
+                            Sum sum;
+                            for (index_t c = first; c < last; ++c) sum.add(d_out(r, c) * states(f - first, c - first));
+                            d_a.push_back(sum.total());
+                            along.add(weighted(r, f) * d_a.back());
+                        }
+                        g(r, s) = -along.total();
+                        for (index_t f = first; f < last; ++f)
+                            d_q(r, f) = (d_a[static_cast<std::size_t>(f - first)] + g(r, s) * sum_of_keys(item, f)) * divisor * slope(recipe.score.features, item.queries(r, f));
+                    }
+                    Matrix turned(width, width);  // sum_i d_out_i a_i^T
+                    std::vector<Bounded> by_g;
+                    for (index_t f = first; f < last; ++f) {
+                        for (index_t c = first; c < last; ++c) {
+                            Sum sum;
+                            for (index_t r = 0; r < queries; ++r) sum.add(d_out(r, c) * weighted(r, f));
+                            turned(c - first, f - first) = sum.total();
+                        }
+                        Sum sum;
+                        for (index_t r = 0; r < queries; ++r) sum.add(g(r, s) * weighted(r, f));
+                        by_g.push_back(sum.total());
+                    }
+                    for (index_t j = 0; j < marks; ++j) {
+                        for (index_t f = first; f < last; ++f) {
+                            Sum sum;
+                            for (index_t c = first; c < last; ++c) sum.add(item.values(j, c) * turned(c - first, f - first));
+                            d_k(j, f) = (sum.total() + by_g[static_cast<std::size_t>(f - first)]) * slope(recipe.score.features, item.keys(j, f));
+                        }
+                        for (index_t c = first; c < last; ++c) {
+                            Sum sum;
+                            for (index_t f = first; f < last; ++f) sum.add(item.phi_k(j, f) * turned(c - first, f - first));
+                            d_v(j, c) = sum.total();
+                        }
+                    }
+                }
+                const auto h_at = static_cast<std::size_t>(h);
+                const Matrix d_rows = d_q * folded_query[h_at];
+                for (index_t r = 0; r < queries; ++r)
+                    for (index_t c = 0; c < dim; ++c) d_x(which[static_cast<std::size_t>(r)], c) = d_x(which[static_cast<std::size_t>(r)], c) + d_rows(r, c);
+                Matrix d_means = d_k * folded_key[h_at];
+                add(d_means, d_v * folded_value[h_at]);
+                const index_t length = lengths[h_at];
+                for (index_t i = 0; i < valid(b); ++i)
+                    for (index_t c = 0; c < dim; ++c)
+                        d_x(b * tokens + i, c) = d_x(b * tokens + i, c) + d_means(i / length, c) * inverse({double(std::min(length, valid(b) - i / length * length)), 0});
+                add(d_query, transposed(d_q) * rows_of(x, which));
+                add(d_key, transposed(d_k) * item.means);
+                add(d_value, transposed(d_v) * item.means);
+            }
+            const std::string own = detail::text("resolution", h, ".");
+            unfold(d_query, own + "query", "query");
+            unfold(d_key, own + "key", "key");
+            unfold(d_value, own + "value", "value");
+        }
+        if constexpr (learned) {
+            Matrix d_logits(rows, resolutions), clean = x;
+            for (index_t r = 0; r < rows; ++r) {
+                const index_t route = routes[static_cast<std::size_t>(r)];
+                if (route < 0) {
+                    for (index_t c = 0; c < dim; ++c) clean(r, c) = {};
+                    continue;
+                }
+                Sum sum;
+                for (index_t c = 0; c < dim; ++c) sum.add(context(r, c) * d_context(r, c));
+                Bounded through = sum.total();
+                if (!gated) through = through * p(r, route);
+                if (std::is_same_v<Router, TopOne<Literal>>) through = {};
+                Sum mean;
+                for (index_t h = 0; h < resolutions; ++h) mean.add(p(r, h) * Bounded{share(h), 0});
+                for (index_t h = 0; h < resolutions; ++h) {
+                    const Bounded of_balance = Bounded{recipe.router.balance * resolutions / total, unit} * p(r, h) * (Bounded{share(h), 0} + -mean.total());
+                    d_logits(r, h) = through * (Bounded{h == route ? 1. : 0., 0} + -p(r, h)) + of_balance;
+                }
+            }
+            add(d_x, d_logits * folded_router);
+            unfold(transposed(d_logits) * clean, "router", "query");
+        }
+    }
+};
+
+template <class Recipe, class T>
+void check(Random& random, const Recipe& recipe, index_t dim, index_t heads, index_t batch, index_t tokens, const std::vector<index_t>& lengths) {
+    INFO(batch, " items of ", tokens, " tokens, dim ", dim, ", heads ", heads);
+    unit = sizeof(T) == 4 ? 0x1p-24 : 0x1p-53;
+    using Layer = nn::AdaptiveMultiResolution<double, Recipe>;
+    for (int attempt = 0; attempt < 20; ++attempt) {
+        Layer layer("layer", recipe, dim, heads, heads, .3, 1, random.seed());
+        DevicePass<T> pass{{}, heads, batch, random.tensor<T>({batch * tokens, dim}), {}, random.tensor<T>({batch * tokens, dim}), {}};
+        if (random.below(2)) pass.residual = random.tensor<T>({batch * tokens, dim});
+        pass.options.key_lengths = lengths;
+        pass.options.draw = {.seed = random.seed(), .step = 2};
+        DevicePass<double> exact{{}, heads, batch, in_double(pass.x), in_double(pass.residual), in_double(pass.d_y), pass.options};
+        layer.for_each_parameter([&](nn::Parameter<double>& parameter) {
+            Tensor<T> rounded(parameter.value.shape);
+            for (std::size_t i = 0; i < rounded.values.size(); ++i) rounded.values[i] = static_cast<T>(parameter.value.values[i] + (parameter.name == "layer.merge.bias" ? random.normal() : 0));
+            parameter.value = in_double(rounded);
+            pass.parameters.emplace(parameter.name, std::move(rounded));
+            exact.parameters.emplace(parameter.name, parameter.value);
+        });
+        typename Layer::Saved saved;
+        Workspace workspace;
+        Tensor<double> y(exact.x.shape), d_x(exact.x.shape);
+        CallOptions options = pass.options;
+        options.workspace = &workspace;
+        const MatrixView<const double> residual = exact.residual.shape.empty() ? MatrixView<const double>{} : detail::rows_of(std::as_const(exact.residual));
+        layer.forward(detail::rows_of(std::as_const(exact.x)), residual, detail::rows_of(y), batch, saved, options, {});
+        const std::vector<index_t> routes(layer.routes(saved).begin(), layer.routes(saved).end());
+        const Formulas<Recipe> bounds(recipe, exact, routes);
+        if (!bounds.routes_are_sure) continue;  // two logits are too close to each other
+        layer.backward(detail::rows_of(std::as_const(exact.x)), detail::rows_of(std::as_const(exact.d_y)), detail::rows_of(d_x), batch, saved, workspace);
+
+        const DevicePassed<T> got = run_on_device(recipe, pass);
+        CHECK(got.routes == routes);
+        CHECK(std::abs(got.balance_loss - layer.balance_loss(saved)) <= 100 * unit * (1 + layer.balance_loss(saved)));
+        std::size_t entries = 0, tight = 0;
+        const auto compare = [&](const std::vector<T>& device, const std::vector<double>& wanted, const Matrix& bound, const std::string& what) {
+            REQUIRE(device.size() == wanted.size());
+            REQUIRE(bound.entries.size() == wanted.size());
+            std::size_t wrong = 0;
+            double most = 0, worst = 0;
+            for (const double entry : wanted) most = std::max(most, std::abs(entry));
+            for (std::size_t i = 0; i < wanted.size(); ++i) {
+                // The CPU's numbers are rounded as well.
+                const double allowed = 1.01 * bound.entries[i].error * (1 + 2 * 0x1p-53 / unit) + 1e-300, apart = std::abs(double(device[i]) - wanted[i]);
+                wrong += !(apart <= allowed);
+                worst = std::max(worst, apart / allowed);
+                ++entries;
+                tight += allowed <= 1e5 * unit * most || most == 0;
+            }
+            INFO(what, " is off by ", worst, " times what it may be");
+            CHECK(wrong == 0);
+        };
+        compare(got.y.values, y.values, bounds.y, "y");
+        compare(got.d_x.values, d_x.values, bounds.d_x, "d_x");
+        layer.for_each_parameter([&](nn::Parameter<double>& parameter) {
+            REQUIRE(got.gradients.count(parameter.name) == 1);
+            compare(got.gradients.at(parameter.name).values, parameter.gradient.values, bounds.gradients.at(parameter.name.substr(6)), parameter.name);
+        });
+        CHECK(tight >= entries / 2);  // bounds that say something
+        return;
+    }
+    FAIL("no inputs were found whose routes are sure");
+}
+
+template <class T, class Recipe>
+void check_sizes(Random& random, const Recipe& recipe) {
+    check<Recipe, T>(random, recipe, 6, 2, 1, 1, {});
+    check<Recipe, T>(random, recipe, 8, 2, 3, 7, {});
+    check<Recipe, T>(random, recipe, 6, 3, 3, 33, {33, 0, 1 + random.below(33)});
+    check<Recipe, T>(random, recipe, 5, 1, 2, 64, {0, 0});
+    check<Recipe, T>(random, recipe, 16, 4, 2, 150, {150, random.below(151)});
+}
+
+}  // namespace
+
+TEST_CASE("straight-through gates") {
+    POLYATTN_RANDOM(random);
+    check_sizes<float>(random, StraightThroughRecipe{});
+    check_sizes<double>(random, StraightThroughRecipe{.router = {.balance = .7}});
+    check<StraightThroughRecipe, float>(random, {.router = {.balance = .1}}, 70, 2, 2, 9, {});
+}
+TEST_CASE("gates that multiply") {
+    POLYATTN_RANDOM(random);
+    check_sizes<float>(random, SwitchRecipe{.router = {.balance = .7}});
+    check_sizes<double>(random, SwitchRecipe{});
+    check_sizes<double>(random, EluRecipe{});
+}
+TEST_CASE("gates without a gradient") {
+    POLYATTN_RANDOM(random);
+    check_sizes<double>(random, LiteralRecipe{});
+    check_sizes<double>(random, LiteralRecipe{.router = {.balance = .3}});
+}
+TEST_CASE("random routes, and all of them") {
+    POLYATTN_RANDOM(random);
+    check_sizes<float>(random, RandomRecipe{.router = {.seed = random.seed()}});
+    check_sizes<float>(random, AllRecipe{});
+    check_sizes<double>(random, AllRecipe{});
+    check<AllRecipe, double>(random, {}, 35, 5, 2, 20, {20, 3});
+}
