@@ -84,6 +84,8 @@ POLYATTN_INSTANTIATE(RandomRecipe, float)
 POLYATTN_INSTANTIATE(AllRecipe, float)
 POLYATTN_INSTANTIATE(AllRecipe, double)
 POLYATTN_INSTANTIATE(EluRecipe, double)
+POLYATTN_INSTANTIATE(SoftmaxRecipe, float)
+POLYATTN_INSTANTIATE(SoftmaxRecipe, double)
 
 namespace {
 
@@ -249,7 +251,8 @@ TEST_CASE("errors name the argument") {
     CHECK(forward(constant(x), {}, y.view(), 2, [](CudaOptions& options) { options.key_lengths = {3}; }) == "key_lengths");
     CHECK(forward(constant(x), {}, y.view(), 2, [](CudaOptions& options) { options.query_lengths = {3, 3}; }) == "query_lengths");
     CHECK(forward(constant(x), {}, y.view(), 2, [](CudaOptions& options) { options.plan = Dense{}.plan(6, 6); }) == "plan");
-    CHECK(forward(constant(x), {}, y.view(), 2, [](CudaOptions& options) { options.dropout.values = .5; }) == "dropout");
+    CHECK(forward(constant(x), {}, y.view(), 2, [](CudaOptions& options) { options.dropout.weights = .5; }) == "dropout.weights");
+    CHECK(forward(constant(x), {}, y.view(), 2, [](CudaOptions& options) { options.dropout.values = 1; }) == "dropout.values");
     CHECK(forward(constant(x), {}, y.view(), 2, [](CudaOptions& options) { options.accumulate = true; }) == "accumulate");
     layer.forward(constant(x), {}, y.view(), 2, saved);
     CHECK(argument([&] { layer.backward(saved, constant(long_y), y.view()); }) == "d_y");

@@ -4,6 +4,7 @@
 #include <polyattn/call_options.hpp>
 #include <polyattn/core/tensor.hpp>
 #include <polyattn/policy/router/multi_resolution.hpp>
+#include <polyattn/policy/score/softmax.hpp>
 
 #include <map>
 #include <string>
@@ -38,3 +39,4 @@ using LiteralRecipe = polyattn::MultiResolution<polyattn::SegmentMeans<3, 8>, po
 using RandomRecipe = polyattn::MultiResolution<polyattn::SegmentMeans<1, 4>, polyattn::RandomRoute>;
 using AllRecipe = polyattn::MultiResolution<polyattn::SegmentMeans<2, 5, 16>, polyattn::ConcatenateAll>;
 using EluRecipe = polyattn::MultiResolution<polyattn::SegmentMeans<1, 3, 9, 27, 81>, polyattn::TopOne<polyattn::Switch>, polyattn::Kernel<polyattn::EluPlusOne, polyattn::ExactOrZero>>;
+using SoftmaxRecipe = polyattn::MultiResolution<polyattn::SegmentMeans<1, 4>, polyattn::TopOne<polyattn::Switch>, polyattn::Softmax>;

@@ -84,18 +84,78 @@ Bounded slope(const ReLU&, Bounded x) { return {x.value > 0 ? 1. : 0., std::abs(
 Bounded feature(const EluPlusOne&, Bounded x) { return x.value > x.error ? x + Bounded{1, 0} : Bounded{x.value > 0 ? x.value + 1 : std::exp(x.value), exponential(x).error + x.error}; }
 Bounded slope(const EluPlusOne&, Bounded x) { return x.value > x.error ? Bounded{1, 0} : Bounded{x.value > 0 ? 1 : std::exp(x.value), exponential(x).error + x.error}; }
 
+template <class Features, class Divisor>
+Bounded slope_of(const Kernel<Features, Divisor>& score, Bounded x) { return slope(score.features, x); }
+Bounded slope_of(const Softmax&, Bounded) { return {}; }
+
+/// One item at one resolution; of softmax scores the columns [first, first + width) are those of a sub-head.
+struct Item {
+    Matrix means, queries, phi_q, keys, phi_k, values, made;
+};
+/// exp(score - log sum of exp), where the logarithm is off as the sum is.
+Matrix weights_of(const Softmax& score, const Item& item, index_t first, index_t width) {
+    const double scale = score.factor(width);
+    Matrix made(item.queries.rows, item.keys.rows);
+    for (index_t r = 0; r < made.rows; ++r) {
+        double most = -1e300;
+        for (index_t j = 0; j < made.columns; ++j) {
+            Sum sum;
+            for (index_t c = first; c < first + width; ++c) sum.add(item.queries(r, c) * item.keys(j, c));
+            made(r, j) = sum.total() * Bounded{scale, 2 * unit * scale};
+            most = std::max(most, made(r, j).value);
+        }
+        Sum sum;
+        for (index_t j = 0; j < made.columns; ++j) sum.add(exponential(made(r, j) + Bounded{-most, 0}));
+        const Bounded total = sum.total();
+        const double logarithm = most + std::log(total.value);
+        const Bounded logsumexp{logarithm, total.error / (total.value - total.error) + 8 * unit * (1 + std::abs(most) + std::abs(logarithm))};
+        for (index_t j = 0; j < made.columns; ++j) made(r, j) = exponential(made(r, j) + -logsumexp) * Bounded{1, 16 * unit};
+    }
+    return made;
+}
+void softmax_gradient(const Softmax& score, const Item& item, const Matrix& d_out, index_t first, index_t width, Matrix& d_q, Matrix& d_k, Matrix& d_v) {
+    const Matrix weights = weights_of(score, item, first, width);
+    const Bounded scale{score.factor(width), unit * score.factor(width)};
+    Matrix d_scores(weights.rows, weights.columns);
+    for (index_t r = 0; r < weights.rows; ++r) {
+        Sum row_sum;
+        for (index_t c = first; c < first + width; ++c) row_sum.add(d_out(r, c) * item.made(r, c));
+        for (index_t j = 0; j < weights.columns; ++j) {
+            Sum sum;
+            for (index_t c = first; c < first + width; ++c) sum.add(d_out(r, c) * item.values(j, c));
+            d_scores(r, j) = weights(r, j) * (sum.total() + -row_sum.total());
+        }
+    }
+    for (index_t c = first; c < first + width; ++c) {
+        for (index_t r = 0; r < weights.rows; ++r) {
+            Sum sum;
+            for (index_t j = 0; j < weights.columns; ++j) sum.add(d_scores(r, j) * item.keys(j, c));
+            d_q(r, c) = sum.total() * scale;
+        }
+        for (index_t j = 0; j < weights.columns; ++j) {
+            Sum of_k, of_v;
+            for (index_t r = 0; r < weights.rows; ++r) {
+                of_k.add(d_scores(r, j) * item.queries(r, c));
+                of_v.add(weights(r, j) * d_out(r, c));
+            }
+            d_k(j, c) = of_k.total() * scale;
+            d_v(j, c) = of_v.total();
+        }
+    }
+}
+
 /// The layer by the formulas, on numbers that carry their errors. Rows of other items or padding are simply left out.
 template <class Recipe>
 struct Formulas;
-template <index_t... L, class Router, class Features, class Divisor>
-struct Formulas<MultiResolution<SegmentMeans<L...>, Router, Kernel<Features, Divisor>>> {
+template <index_t... L, class Router, class Score>
+struct Formulas<MultiResolution<SegmentMeans<L...>, Router, Score>> {
     static constexpr index_t resolutions = sizeof...(L);
-    static constexpr bool learned = detail::is_learned_router<Router>, all = std::is_same_v<Router, ConcatenateAll>, gated = std::is_same_v<Router, TopOne<Switch>>;
+    static constexpr bool kernel = detail::is_kernel<Score>, learned = detail::is_learned_router<Router>, all = std::is_same_v<Router, ConcatenateAll>, gated = std::is_same_v<Router, TopOne<Switch>>;
     Matrix y, d_x;
     std::map<std::string, Matrix> gradients;
     bool routes_are_sure = true;
 
-    Formulas(const MultiResolution<SegmentMeans<L...>, Router, Kernel<Features, Divisor>>& recipe, const DevicePass<double>& pass, const std::vector<index_t>& routes) {
+    Formulas(const MultiResolution<SegmentMeans<L...>, Router, Score>& recipe, const DevicePass<double>& pass, const std::vector<index_t>& routes) {
         const std::array<index_t, resolutions> lengths = {L...};
         const Matrix x(pass.x), d_y(pass.d_y);
         const index_t rows = x.rows, dim = x.columns, batch = pass.batch, tokens = rows / batch, width = dim / pass.heads;
@@ -129,13 +189,17 @@ struct Formulas<MultiResolution<SegmentMeans<L...>, Router, Kernel<Features, Div
                 for (index_t h = 0; h < resolutions; ++h) p(r, h) = p(r, h) * inverse(sum.total());
             }
         }
-        const auto gate = [&](index_t row, index_t h) { return gated ? p(row, h) : Bounded{1, 0}; };
-        struct Item {
-            Matrix means, queries, phi_q, keys, phi_k, values;
+        // What a row's column is multiplied with: the gate, and dropout.
+        const auto factor = [&](index_t h, index_t b, index_t row, index_t place, index_t c) {
+            Draw draw = pass.options.draw;
+            draw.worker = draw.worker * static_cast<std::uint32_t>(resolutions * batch) + static_cast<std::uint32_t>(h * batch + b);
+            const detail::DropoutMask mask({.values = pass.options.dropout.values}, draw, c / width);
+            const double kept = mask.values_of_four(0, place, c % width / 4)[static_cast<std::size_t>(c % width % 4)];
+            return (gated ? p(row, h) : Bounded{1, 0}) * Bounded{kept, kept == 1 ? 0 : unit * kept};
         };
         std::vector<Item> items(rows_at.size());
         std::vector<Matrix> folded_query, folded_key, folded_value;
-        const double epsilon = std::is_same_v<Divisor, DefaultDenominator> ? AddEpsilon{}.epsilon : 0;
+        const double epsilon = std::is_same_v<Score, Kernel<ReLU>> ? AddEpsilon{}.epsilon : 0;
         const auto rows_of = [&](const Matrix& from, const std::vector<index_t>& which) {
             Matrix made(static_cast<index_t>(which.size()), from.columns);
             for (index_t r = 0; r < made.rows; ++r)
@@ -144,7 +208,8 @@ struct Formulas<MultiResolution<SegmentMeans<L...>, Router, Kernel<Features, Div
         };
         const auto map = [&](const Matrix& from) {
             Matrix made = from;
-            for (Bounded& entry : made.entries) entry = feature(recipe.score.features, entry);
+            if constexpr (kernel)
+                for (Bounded& entry : made.entries) entry = feature(recipe.score.features, entry);
             return made;
         };
         // Of one row and sub-head: 1 / denominator, and sum_j phi(k_j).
@@ -187,18 +252,26 @@ struct Formulas<MultiResolution<SegmentMeans<L...>, Router, Kernel<Features, Div
                 item.values = item.means * transposed(folded_value[h_at]);
                 item.phi_q = map(item.queries);
                 item.phi_k = map(item.keys);
-                for (index_t s = 0; s < pass.heads; ++s)
+                item.made = Matrix(item.queries.rows, dim);
+                for (index_t s = 0; s < pass.heads; ++s) {
+                    [[maybe_unused]] Matrix weights;
+                    if constexpr (!kernel) weights = weights_of(recipe.score, item, s * width, width);
                     for (index_t c = s * width; c < (s + 1) * width; ++c) {
                         std::vector<Bounded> states;
-                        for (index_t f = s * width; f < (s + 1) * width; ++f) states.push_back(state(item, f, c));
-                        for (index_t r = 0; r < item.phi_q.rows; ++r) {
+                        for (index_t f = s * width; kernel && f < (s + 1) * width; ++f) states.push_back(state(item, f, c));
+                        for (index_t r = 0; r < item.queries.rows; ++r) {
                             const index_t row = which[static_cast<std::size_t>(r)];
                             Sum sum;
-                            const Bounded divisor = inverse_of(item, r, s * width);
-                            for (index_t f = 0; f < width; ++f) sum.add(item.phi_q(r, s * width + f) * divisor * states[static_cast<std::size_t>(f)]);
-                            context(row, (all ? h * dim : 0) + c) = gate(row, h) * sum.total();
+                            if constexpr (kernel) {
+                                const Bounded divisor = inverse_of(item, r, s * width);
+                                for (index_t f = 0; f < width; ++f) sum.add(item.phi_q(r, s * width + f) * divisor * states[static_cast<std::size_t>(f)]);
+                            } else
+                                for (index_t j = 0; j < marks; ++j) sum.add(weights(r, j) * item.values(j, c));
+                            item.made(r, c) = sum.total();
+                            context(row, (all ? h * dim : 0) + c) = factor(h, b, row, r, c) * item.made(r, c);
                         }
                     }
+                }
             }
         }
         y = context * transposed(merge);
@@ -225,17 +298,22 @@ struct Formulas<MultiResolution<SegmentMeans<L...>, Router, Kernel<Features, Div
                 const auto& which = rows_at[static_cast<std::size_t>(h * batch + b)];
                 const index_t queries = item.queries.rows, marks = item.keys.rows;
                 Matrix d_q(queries, dim), d_k(marks, dim), d_v(marks, dim), weighted(queries, dim), d_out(queries, dim), g(queries, pass.heads);
-                for (index_t s = 0; s < pass.heads; ++s) {
+                for (index_t r = 0; r < queries; ++r)
+                    for (index_t c = 0; c < dim; ++c) {
+                        const index_t row = which[static_cast<std::size_t>(r)];
+                        d_out(r, c) = factor(h, b, row, r, c) * d_context(row, (all ? h * dim : 0) + c);
+                    }
+                if constexpr (!kernel)
+                    for (index_t s = 0; s < pass.heads; ++s) softmax_gradient(recipe.score, item, d_out, s * width, width, d_q, d_k, d_v);
+                for (index_t s = 0; kernel && s < pass.heads; ++s) {
                     const index_t first = s * width, last = first + width;
                     Matrix states(width, width);
                     for (index_t f = 0; f < width; ++f)
                         for (index_t c = 0; c < width; ++c) states(f, c) = state(item, first + f, first + c);
                     for (index_t r = 0; r < queries; ++r) {
-                        const index_t row = which[static_cast<std::size_t>(r)];
                         const Bounded divisor = inverse_of(item, r, first);
                         std::vector<Bounded> d_a;
                         Sum along;
-                        for (index_t c = first; c < last; ++c) d_out(r, c) = gate(row, h) * d_context(row, (all ? h * dim : 0) + c);
                         for (index_t f = first; f < last; ++f) {
                             weighted(r, f) = item.phi_q(r, f) * divisor;
                             Sum sum;
@@ -245,7 +323,7 @@ struct Formulas<MultiResolution<SegmentMeans<L...>, Router, Kernel<Features, Div
                         }
                         g(r, s) = -along.total();
                         for (index_t f = first; f < last; ++f)
-                            d_q(r, f) = (d_a[static_cast<std::size_t>(f - first)] + g(r, s) * sum_of_keys(item, f)) * divisor * slope(recipe.score.features, item.queries(r, f));
+                            d_q(r, f) = (d_a[static_cast<std::size_t>(f - first)] + g(r, s) * sum_of_keys(item, f)) * divisor * slope_of(recipe.score, item.queries(r, f));
                     }
                     Matrix turned(width, width);  // sum_i d_out_i a_i^T
                     std::vector<Bounded> by_g;
@@ -263,7 +341,7 @@ struct Formulas<MultiResolution<SegmentMeans<L...>, Router, Kernel<Features, Div
                         for (index_t f = first; f < last; ++f) {
                             Sum sum;
                             for (index_t c = first; c < last; ++c) sum.add(item.values(j, c) * turned(c - first, f - first));
-                            d_k(j, f) = (sum.total() + by_g[static_cast<std::size_t>(f - first)]) * slope(recipe.score.features, item.keys(j, f));
+                            d_k(j, f) = (sum.total() + by_g[static_cast<std::size_t>(f - first)]) * slope_of(recipe.score, item.keys(j, f));
                         }
                         for (index_t c = first; c < last; ++c) {
                             Sum sum;
@@ -318,7 +396,7 @@ struct Formulas<MultiResolution<SegmentMeans<L...>, Router, Kernel<Features, Div
 };
 
 template <class Recipe, class T>
-void check(Random& random, const Recipe& recipe, index_t dim, index_t heads, index_t batch, index_t tokens, const std::vector<index_t>& lengths) {
+void check(Random& random, const Recipe& recipe, index_t dim, index_t heads, index_t batch, index_t tokens, const std::vector<index_t>& lengths, double dropout = 0) {
     INFO(batch, " items of ", tokens, " tokens, dim ", dim, ", heads ", heads);
     unit = sizeof(T) == 4 ? 0x1p-24 : 0x1p-53;
     using Layer = nn::AdaptiveMultiResolution<double, Recipe>;
@@ -327,7 +405,8 @@ void check(Random& random, const Recipe& recipe, index_t dim, index_t heads, ind
         DevicePass<T> pass{{}, heads, batch, random.tensor<T>({batch * tokens, dim}), {}, random.tensor<T>({batch * tokens, dim}), {}};
         if (random.below(2)) pass.residual = random.tensor<T>({batch * tokens, dim});
         pass.options.key_lengths = lengths;
-        pass.options.draw = {.seed = random.seed(), .step = 2};
+        pass.options.draw = {.seed = random.seed(), .step = 2, .layer = 1, .worker = 3};
+        pass.options.dropout.values = dropout;
         DevicePass<double> exact{{}, heads, batch, in_double(pass.x), in_double(pass.residual), in_double(pass.d_y), pass.options};
         layer.for_each_parameter([&](nn::Parameter<double>& parameter) {
             Tensor<T> rounded(parameter.value.shape);
@@ -386,6 +465,7 @@ void check_sizes(Random& random, const Recipe& recipe) {
     check<Recipe, T>(random, recipe, 6, 2, 1, 1, {});
     check<Recipe, T>(random, recipe, 8, 2, 3, 7, {});
     check<Recipe, T>(random, recipe, 6, 3, 3, 33, {33, 0, 1 + random.below(33)});
+    check<Recipe, T>(random, recipe, 12, 2, 3, 17, {17, 0, 1 + random.below(17)}, .25);
     check<Recipe, T>(random, recipe, 5, 1, 2, 64, {0, 0});
     check<Recipe, T>(random, recipe, 16, 4, 2, 150, {150, random.below(151)});
 }
@@ -408,6 +488,11 @@ TEST_CASE("gates without a gradient") {
     POLYATTN_RANDOM(random);
     check_sizes<double>(random, LiteralRecipe{});
     check_sizes<double>(random, LiteralRecipe{.router = {.balance = .3}});
+}
+TEST_CASE("softmax between the resolutions") {
+    POLYATTN_RANDOM(random);
+    check_sizes<float>(random, SoftmaxRecipe{});
+    check_sizes<double>(random, SoftmaxRecipe{.router = {.balance = .3}});
 }
 TEST_CASE("random routes, and all of them") {
     POLYATTN_RANDOM(random);

@@ -48,6 +48,12 @@ public:
         mask.item_ = static_cast<std::uint32_t>(item);
         return mask;
     }
+    /// The masks of another draw, by its hash().
+    POLYATTN_HOST_DEVICE DropoutMask of_draw(std::uint32_t hash) const {
+        DropoutMask mask = *this;
+        mask.hash_ = hash;
+        return mask;
+    }
     /// Queries 4 * quad .. 4 * quad + 3 share one Philox block.
     std::array<double, 4> weights_of_four(index_t quad, index_t key) const {
         return mask(philox({static_cast<std::uint32_t>(key), static_cast<std::uint32_t>(quad), random_stream::weight_dropout | item_, hash_}, {key0_, key1_}),

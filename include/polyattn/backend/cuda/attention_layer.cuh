@@ -446,10 +446,7 @@ private:
                 arguments.row_sums = row_sums;
                 arguments.d_v = teleports ? teleported : nullptr;
                 arguments.first = hop == hops - 1;
-                for_each_grid(0, items, [&](index_t item, unsigned count) {
-                    arguments.first_item = item;
-                    launch("hop_gradient", hop_gradient<T>, dim3(blocks_for(queries, edge_warps), count), edge_threads, 0, stream, arguments);
-                });
+                apply_hop_gradient(arguments, items, stream);
                 Finish<T> finish;
                 if (hop > 0) {
                     finish.packed = g;

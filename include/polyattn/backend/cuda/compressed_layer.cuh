@@ -365,10 +365,7 @@ private:
                 arguments.row_sums = row_sums;
                 arguments.d_v = teleports ? teleported : nullptr;
                 fill_zeros(row_sums, lines);  // of this hop alone
-                for_each_grid(0, items, [&](index_t item, unsigned count) {
-                    arguments.first_item = item;
-                    launch("hop_gradient", hop_gradient<T>, dim3(blocks_for(queries, edge_warps), count), edge_threads, 0, stream, arguments);
-                });
+                apply_hop_gradient(arguments, items, stream);
                 const Rows<T> values = call.compress_values(z_before), h_rows = packed_rows<T>(h, heads, of_item, columns);
                 Finish<T> to_landmarks;
                 to_landmarks.packed = d_values;

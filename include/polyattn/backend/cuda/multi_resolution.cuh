@@ -75,17 +75,16 @@ namespace nn {
 
 /// nn::AdaptiveMultiResolution on the device, with gradients of x and of all parameters, from its parameters by name (what for_each_parameter()
 /// of the CPU's layer or nn::parameters_of() of a model gives). Rows go where the CPU's layer sends them, as far as logits that are made in another
-/// order agree. Float or double, kernel scores. Belongs to one stream at a time.
+/// order agree. Float or double. Belongs to one stream at a time.
 /// Weights of two maps that follow each other are multiplied once, when they come; queries are gathered by resolution and projected there,
 /// landmarks are means of tokens, projected. O(n d^2 (1 + sum_h 1 / L_h)) a pass, and O(H d^3) of upload() and of backward().
 /// Deterministic, without atomics on floating point. Source: AdaMRA (2021), equations 5 to 11.
 template <class T, index_t... L, class Router, class Score>
 class CudaAdaptiveMultiResolution<T, MultiResolution<SegmentMeans<L...>, Router, Score>> {
     static_assert(std::is_same_v<T, float> || std::is_same_v<T, double>, "polyattn: CudaAdaptiveMultiResolution takes float or double");
-    static_assert(detail::is_kernel<Score>, "polyattn: CudaAdaptiveMultiResolution needs kernel scores; with Softmax use nn::AdaptiveMultiResolution, on the CPU");
     static constexpr std::array<index_t, sizeof...(L)> lengths = {L...};
     static constexpr index_t resolutions = sizeof...(L);
-    static constexpr bool learned = detail::is_learned_router<Router>, all = std::is_same_v<Router, ConcatenateAll>, gated = std::is_same_v<Router, TopOne<Switch>>;
+    static constexpr bool learned = detail::is_learned_router<Router>, all = std::is_same_v<Router, ConcatenateAll>, gated = std::is_same_v<Router, TopOne<Switch>>, kernel = detail::is_kernel<Score>;
     static constexpr index_t logit_columns = detail::cuda::padded<T>(resolutions);
     using Inner = AttentionLayer<Dense, AllSources, NoDiffusion, Score, NoBias, Cuda>;
     using Carver = detail::cuda::Carver;
@@ -178,8 +177,12 @@ public:
             index_t* lengths = nullptr;  // of tokens, then of the landmarks of each resolution; null: all
             T* probabilities = nullptr;  // [rows][resolutions]
             T* context = nullptr;        // [rows][columns]: what the last map gets
+            T* logsumexp = nullptr;      // of softmax, [resolutions][batch x heads][tokens]
+            std::uint32_t* draws = nullptr;  // hashes of dropout's draws, [resolutions x batch]
         };
         TensorView<const T> x_;
+        detail::DropoutMask dropout_;
+        std::vector<Plan> plans_;  // of softmax, for each resolution: what the device has of them stays
         Kept kept_;
         CudaWorkspace memory_;
         std::vector<index_t> starts_;
@@ -187,14 +190,14 @@ public:
     };
 
     /// y = what the CPU's layer makes of x, plus `residual` unless it has no memory.
-    /// Shapes: x, residual and y [batch x tokens, dim] in device memory, rows of contiguous columns (but x's); y must not overlap x. Of `options` key_lengths, draw
-    /// (of random routes), the stream and the workspace are used. Rows behind a length count nowhere, whatever they hold; their y is the bias, and the residual.
-    /// Waits for the stream once: the host has to know how many rows went where. Throws invalid_input, cuda_error.
+    /// Shapes: x, residual and y [batch x tokens, dim] in device memory, rows of contiguous columns (but x's); y may be the residual, not x. Of `options` key_lengths,
+    /// draw and dropout.values (on what attention makes, the CPU's masks), the stream and the workspace are used. Rows behind a length count nowhere,
+    /// whatever they hold; their y is the bias, and the residual. Waits for the stream once: the host has to know how many rows went where. Throws
+    /// invalid_input, cuda_error.
     void forward(const TensorView<const T>& x, const TensorView<const T>& residual, const TensorView<T>& y, index_t batch, Saved& saved, const CudaOptions& options = {}) const {
         check(x, batch, options);
         check_rows(y, x.tokens(), "y");
         if (residual.data) check_rows(residual, x.tokens(), "residual");
-        saved.x_ = x;
         saved.balance_loss_ = 0;
         std::vector<index_t> valid;  // as Kept::lengths has them
         if (!options.key_lengths.empty()) {
@@ -203,12 +206,22 @@ public:
                 for (const index_t tokens : options.key_lengths) valid.push_back(detail::segments(tokens, length));
         }
         Carver counter;
-        keep(counter, x.tokens(), batch, !valid.empty());
+        prepare(saved, counter, x, batch, options);
         saved.memory_.reserve(counter.used());
         Carver kept(saved.memory_.data());
-        saved.kept_ = keep(kept, x.tokens(), batch, !valid.empty());
-        if (!valid.empty())
-            detail::cuda::check_cuda(cudaMemcpyAsync(saved.kept_.lengths, valid.data(), valid.size() * sizeof(index_t), cudaMemcpyHostToDevice, options.stream), "cudaMemcpyAsync of lengths");
+        prepare(saved, kept, x, batch, options);
+        const auto put = [&]<class U>(const std::vector<U>& from, U* to, const char* what) {
+            if (!from.empty()) detail::cuda::check_cuda(cudaMemcpyAsync(to, from.data(), from.size() * sizeof(U), cudaMemcpyHostToDevice, options.stream), what);
+        };
+        put(valid, saved.kept_.lengths, "cudaMemcpyAsync of lengths");
+        std::vector<std::uint32_t> draws;
+        if (saved.dropout_.drops_values())
+            for (index_t unit = 0; unit < resolutions * batch; ++unit) {
+                Draw own = options.draw;
+                own.worker = own.worker * static_cast<std::uint32_t>(resolutions * batch) + static_cast<std::uint32_t>(unit);
+                draws.push_back(own.hash());
+            }
+        put(draws, saved.kept_.draws, "cudaMemcpyAsync of draws");
         detail::cuda::with_workspace(options, [&](Carver carver) { return work(carver, residual, y, saved, options); });
     }
 
@@ -243,9 +256,8 @@ public:
     std::size_t workspace_bytes(const TensorView<const T>& x, index_t batch, const CudaOptions& options = {}) const {
         check(x, batch, options);
         Saved saved;
-        saved.x_ = x;
         Carver counter;
-        saved.kept_ = keep(counter, x.tokens(), batch, !options.key_lengths.empty());
+        prepare(saved, counter, x, batch, options);
         return work({}, {}, {}, saved, options);
     }
     /// Bytes of workspace that backward() takes.
@@ -362,31 +374,44 @@ private:
         detail::check_lengths(options.key_lengths, batch, x.tokens() / batch, "key_lengths");
         detail::require(options.query_lengths.empty(), "query_lengths", "none: queries and keys are the same tokens", options.query_lengths.size());
         detail::require(!options.plan && options.item_plans.empty(), "plan", "none with several resolutions", "one");
-        detail::require(options.dropout.weights == 0 && options.dropout.values == 0, "dropout", "none in this layer on the device", "one");
+        options.dropout.validate();
+        detail::require(options.dropout.weights == 0, "dropout.weights", kernel ? "0 with kernel scores, whose weights are never formed" : "0 in this layer on the device", options.dropout.weights);
         detail::require(!options.accumulate, "accumulate", "false: what is added is the residual", "true");
     }
 
-    /// What a pass keeps. The carver may only count.
-    typename Saved::Kept keep(Carver& carver, index_t rows, index_t batch, bool padding) const {
-        typename Saved::Kept made;
-        const index_t tokens = rows / batch;
-        if (padding) made.lengths = carver.template take<index_t>(offset_t{batch} * (resolutions + 1));
+    /// What a pass keeps, without its contents. The carver may only count.
+    void prepare(Saved& saved, Carver& carver, const TensorView<const T>& x, index_t batch, const CudaOptions& options) const {
+        const index_t rows = x.tokens(), tokens = rows / batch;
+        saved.x_ = x;
+        saved.dropout_ = detail::DropoutMask(options.dropout, options.draw, 0);
+        typename Saved::Kept& made = saved.kept_;
+        made = {};
+        if (!options.key_lengths.empty()) made.lengths = carver.template take<index_t>(offset_t{batch} * (resolutions + 1));
         const detail::cuda::RoutedRows routed{batch, tokens, resolutions, {made.lengths, tokens}};
         made.routes = detail::cuda::Routes::take(carver, routed, all);
         if (learned) made.probabilities = carver.template take<T>(offset_t{rows} * resolutions);
         made.context = carver.template take<T>(offset_t{rows} * blocks() * width_);
-        return made;
+        if (saved.dropout_.drops_values()) made.draws = carver.template take<std::uint32_t>(offset_t{batch} * resolutions);
+        if constexpr (!kernel) {
+            made.logsumexp = carver.template take<T>(offset_t{rows} * heads_ * resolutions);
+            if (saved.plans_.empty() || saved.plans_[0].queries() != tokens) {
+                saved.plans_.clear();
+                for (const index_t length : lengths) saved.plans_.push_back(inner_.plan(tokens, detail::segments(tokens, length)));
+            }
+        }
     }
 
-    /// Places for the rows of one item at a resolution: few different numbers, so that workspace_bytes() can try them all.
-    static index_t places_for(index_t rows, index_t tokens) { return rows == 0 ? 0 : std::min(tokens, static_cast<index_t>(std::bit_ceil(static_cast<unsigned>(rows)))); }
+    /// Places for the most rows of an item at a resolution: few different numbers, so that workspace_bytes() can try them all. Of softmax all tokens, since each
+    /// number of places has a plan.
+    static index_t places_for(index_t rows, index_t tokens) { return kernel ? std::min(tokens, static_cast<index_t>(std::bit_ceil(static_cast<unsigned>(rows)))) : tokens; }
     /// f(resolution, places), for the places that there are, or, of a carver that counts, for all that there might be.
     template <class F>
     static void for_each_resolution(const Carver& carver, const Saved& saved, F&& f) {
         const detail::cuda::RoutedRows& rows = saved.kept_.routes.rows;
         for (index_t h = 0; h < resolutions; ++h)
             if (carver.counts()) {
-                for (index_t places = 1; places < rows.tokens; places *= 2) f(h, places);
+                if (kernel)
+                    for (index_t places = 1; places < rows.tokens; places *= 2) f(h, places);
                 f(h, rows.tokens);
             } else {
                 index_t most = 0;
@@ -412,9 +437,17 @@ private:
         const detail::cuda::RoutedRows& rows = saved.kept_.routes.rows;
         return {rows.batch, 1, rows.tokens, marks, width_, rows.lengths, stream};
     }
-    detail::cuda::BucketRows<T> bucket(const Saved& saved, index_t h, index_t places, T* rows, T* all_rows, std::ptrdiff_t stride, bool has_gate) const {
+    /// Rows of x, or of what attention makes of them, with gates and dropout.
+    detail::cuda::BucketRows<T> bucket(const Saved& saved, index_t h, index_t places, T* rows, T* all_rows, std::ptrdiff_t stride, bool made) const {
         const detail::cuda::Routes& routes = saved.kept_.routes;
-        return {routes.rows, routes.order, routes.starts, h, places, width_, rows, all_rows, width_, stride, has_gate ? saved.kept_.probabilities : nullptr, false};
+        detail::cuda::RowFactors<T> factors;
+        if (made) {
+            if (gated) factors.gates = saved.kept_.probabilities;
+            factors.dropout = saved.dropout_;
+            factors.draws = saved.kept_.draws;
+            factors.head_columns = dim_ / heads_;
+        }
+        return {routes.rows, routes.order, routes.starts, h, places, width_, rows, all_rows, width_, stride, factors, false};
     }
 
     /// Means, landmarks and queries of one resolution. Equations 7 and 8.
@@ -438,9 +471,9 @@ private:
         const index_t columns = dim_ / heads_;
         return detail::make_view<U>(data, std::array<index_t, 4>{batch, heads_, tokens, columns}, std::array<std::ptrdiff_t, 4>{tokens * stride, columns, stride, 1}, "rows");
     }
-    /// f(operator, values): kernel attention of the queries to the landmarks. Equation 9.
+    /// f(operator, call, values): attention of the queries to the landmarks. Equation 9.
     template <class F>
-    void with_operator(Carver& carver, const Saved& saved, const Path& path, index_t h, cudaStream_t stream, F&& f) const {
+    void with_operator(Carver& carver, const Saved& saved, const Path& path, index_t h, bool backward, cudaStream_t stream, F&& f) const {
         using namespace detail::cuda;
         const Routes& routes = saved.kept_.routes;
         const index_t batch = routes.rows.batch;
@@ -449,7 +482,13 @@ private:
         const OperatorCall<T> call{as_rows(q, heads_, carver, stream), as_rows(k, heads_, carver, stream), batch, heads_, heads_, path.places, path.marks, q.dim(), padded<T>(q.dim()),
                                    {routes.counts + h * batch, path.places}, landmark_lengths(saved, h, path.marks), {}, stream};
         const Rows<T> values = as_rows(v, heads_, carver, stream);
-        inner_.template with_operator<T>(carver, call, q, k, nullptr, nullptr, false, [&](const auto& op) { f(op, values); });
+        const auto run = [&](const auto& runs, T* logsumexp) { inner_.template with_operator<T>(carver, call, q, k, runs, logsumexp, backward, [&](const auto& op) { f(op, call, values); }); };
+        if constexpr (kernel) run(nullptr, nullptr);
+        else {
+            typename Inner::Plans plans;
+            plans.shared = saved.plans_[static_cast<std::size_t>(h)];
+            run(Inner::template planned_items<T>(q, plans), carver.counts() ? nullptr : saved.kept_.logsumexp + offset_t{h} * routes.rows.rows() * heads_);
+        }
     }
 
     /// Routes, and the numbers of rows that the host has to know.
@@ -501,7 +540,7 @@ private:
             const Path path = make_path(scratch, saved, x, h, places, stream);
             const offset_t numbers = offset_t{batch} * places * width_;
             T* const out = scratch.template take<T>(numbers);
-            with_operator(scratch, saved, path, h, stream, [&](const auto& op, const Rows<T>& values) {
+            with_operator(scratch, saved, path, h, false, stream, [&](const auto& op, const OperatorCall<T>&, const Rows<T>& values) {
                 most = std::max(most, scratch.used());
                 if (scratch.counts()) return;
                 fill_zeros(out, numbers, stream);  // columns that pad rows
@@ -509,7 +548,7 @@ private:
                 Finish<T> finish;
                 set_target(finish, by_heads(out, places, width_, batch));
                 op.apply(true, values, finish);
-                move_rows("scatter_rows", scatter_rows<T>, bucket(saved, h, places, out, context + (all ? h * width_ : 0), columns, gated), stream);
+                move_rows("scatter_rows", scatter_rows<T>, bucket(saved, h, places, out, context + (all ? h * width_ : 0), columns, true), stream);
             });
         });
         if (carver.counts()) return most;
@@ -566,21 +605,52 @@ private:
             T* const d_queries = scratch.template take<T>(of_places);
             T* const d_landmarks = scratch.template take<T>(2 * of_marks);
             if (works) {
-                move_rows("gather_rows", gather_rows<T>, bucket(saved, h, places, d_out, d_context + (all ? h * width_ : 0), columns, gated), stream);
+                move_rows("gather_rows", gather_rows<T>, bucket(saved, h, places, d_out, d_context + (all ? h * width_ : 0), columns, true), stream);
                 fill_zeros(d_queries, of_places, stream);
                 fill_zeros(d_landmarks, 2 * of_marks, stream);
             }
-            with_operator(scratch, saved, path, h, stream, [&](const auto& op, const Rows<T>& values) {
-                const T* const d_heads = packed_copy<T>(by_heads(static_cast<const T*>(d_out), places, width_, batch), scratch, stream);
-                const auto gradient_scratch = op.take_gradient(scratch);
-                if (scratch.counts()) return;
-                const index_t head_columns = padded<T>(dim_ / heads_);
+            with_operator(scratch, saved, path, h, true, stream, [&](const auto& op, const OperatorCall<T>& call, const Rows<T>& values) {
+                const auto d_heads = by_heads(static_cast<const T*>(d_out), places, width_, batch);
+                const TensorView<T> d_keys = by_heads(d_landmarks, path.marks, 2 * width_, batch);
                 Finish<T> finish_q, finish_v;
                 set_target(finish_q, by_heads(d_queries, places, width_, batch));
                 set_target(finish_v, by_heads(d_landmarks + width_, path.marks, 2 * width_, batch));
-                op.prepare_backward();
-                op.apply_transposed(packed_rows<T>(d_heads, heads_, offset_t{places} * head_columns, head_columns), finish_v);
-                op.gradient(gradient_scratch, Hops<T>{1, d_heads, nullptr, values, places, head_columns, nullptr}, finish_q, by_heads(d_landmarks, path.marks, 2 * width_, batch));
+                const offset_t of_item = offset_t{places} * call.columns;
+                if constexpr (kernel) {
+                    const T* const g = packed_copy<T>(d_heads, scratch, stream);
+                    const auto gradient_scratch = op.take_gradient(scratch);
+                    if (scratch.counts()) return;
+                    op.prepare_backward();
+                    op.apply_transposed(packed_rows<T>(g, heads_, of_item, call.columns), finish_v);
+                    op.gradient(gradient_scratch, Hops<T>{1, g, nullptr, values, places, call.columns, nullptr}, finish_q, d_keys);
+                } else {
+                    const Rows<T> g = as_rows(d_heads, heads_, scratch, stream);
+                    T* const out = scratch.template take<T>(call.items() * of_item);
+                    T* const rows_of_g = scratch.template take<T>(call.items() * of_item);
+                    T* const row_sums = scratch.template take<T>(offset_t{call.items()} * places);
+                    if (scratch.counts()) return;
+                    op.prepare_backward();
+                    op.apply(false, values, packed_finish(out, places, call.columns, heads_));
+                    HopGradientArguments<T> arguments{};
+                    arguments.g = g;
+                    arguments.z = packed_rows<T>(out, heads_, of_item, call.columns);
+                    arguments.v = values;
+                    arguments.walk = 1;
+                    arguments.queries = places;
+                    arguments.columns = call.columns;
+                    arguments.heads = heads_;
+                    arguments.query_lengths = call.query_lengths;
+                    arguments.logsumexp = op.marks();
+                    arguments.h = rows_of_g;
+                    arguments.h_stride = of_item;
+                    arguments.row_sums = row_sums;
+                    arguments.first = true;
+                    apply_hop_gradient(arguments, call.items(), stream);
+                    op.apply_transposed(packed_rows<T>(rows_of_g, heads_, of_item, call.columns), finish_v);
+                    Finish<T> finish_k;
+                    set_target(finish_k, d_keys);
+                    op.gradient(Hops<T>{1, rows_of_g, nullptr, values, places, call.columns, row_sums}, finish_q, finish_k, BiasSums{});
+                }
             });
             T* const d_rows = scratch.template take<T>(of_places);
             T* const d_means = scratch.template take<T>(of_marks);

@@ -2,7 +2,6 @@
 // Routes of AdaMRA's router: which resolution each row goes to, and the rows sorted by (resolution, batch item, place), as the CPU's layer has them.
 
 #include <polyattn/backend/cuda/tile.cuh>
-#include <polyattn/core/rng.hpp>
 
 #include <cub/device/device_radix_sort.cuh>
 
@@ -156,6 +155,15 @@ private:
     std::size_t bytes_ = 0;
 };
 
+/// What rows are multiplied with on their way.
+template <class T>
+struct RowFactors {
+    const T* gates = nullptr;  // [rows][resolutions]; null: 1
+    DropoutMask dropout{};     // by sub-head; of draws that differ by resolution and item
+    const std::uint32_t* draws = nullptr;  // hashes, [resolutions x batch]
+    index_t head_columns = 1;
+};
+
 /// The rows of one resolution, [batch][places], and all rows, where they belong.
 template <class T>
 struct BucketRows {
@@ -164,15 +172,20 @@ struct BucketRows {
     index_t resolution, places, columns;
     T *bucket, *all;
     offset_t bucket_stride, all_stride;  // from row to row
-    const T* gates;       // [rows][resolutions]: what a row is multiplied with on its way; null: 1
-    bool adds;            // scattered rows are added to what is there
+    RowFactors<T> factors;
+    bool adds;  // scattered rows are added to what is there
 
     /// The row at a place of an item, or -1.
     __device__ index_t row(index_t item, index_t place) const {
         const index_t begin = starts[resolution * rows.batch + item], end = starts[resolution * rows.batch + item + 1];
         return place < end - begin ? order[begin + place] : -1;
     }
-    __device__ T gate(index_t row) const { return gates ? gates[offset_t{row} * rows.resolutions + resolution] : T(1); }
+    __device__ T factor(index_t item, index_t row, index_t place, index_t column) const {
+        T mask[1] = {1};
+        if (factors.dropout.drops_values())
+            factors.dropout.of_item(column / factors.head_columns).of_draw(factors.draws[resolution * rows.batch + item]).values(0, place, column % factors.head_columns, mask);
+        return factors.gates ? factors.gates[offset_t{row} * rows.resolutions + resolution] * mask[0] : mask[0];
+    }
 };
 
 /// Rows to a resolution; places without a row become 0.
@@ -180,18 +193,18 @@ template <class T>
 __global__ void gather_rows(const __grid_constant__ BucketRows<T> a) {
     const auto at = static_cast<offset_t>(blockIdx.x) * blockDim.x + threadIdx.x;
     if (at >= offset_t{a.places} * a.columns) return;
-    const auto item = static_cast<index_t>(blockIdx.y), row = a.row(item, static_cast<index_t>(at / a.columns));
-    a.bucket[(item * offset_t{a.places} + at / a.columns) * a.bucket_stride + at % a.columns] = row < 0 ? T(0) : a.gate(row) * a.all[row * a.all_stride + at % a.columns];
+    const auto item = static_cast<index_t>(blockIdx.y), place = static_cast<index_t>(at / a.columns), column = static_cast<index_t>(at % a.columns), row = a.row(item, place);
+    a.bucket[(offset_t{item} * a.places + place) * a.bucket_stride + column] = row < 0 ? T(0) : a.factor(item, row, place, column) * a.all[row * a.all_stride + column];
 }
 /// And back, a row at most once; rows of other resolutions stay as they are.
 template <class T>
 __global__ void scatter_rows(const __grid_constant__ BucketRows<T> a) {
     const auto at = static_cast<offset_t>(blockIdx.x) * blockDim.x + threadIdx.x;
     if (at >= offset_t{a.places} * a.columns) return;
-    const auto item = static_cast<index_t>(blockIdx.y), row = a.row(item, static_cast<index_t>(at / a.columns));
+    const auto item = static_cast<index_t>(blockIdx.y), place = static_cast<index_t>(at / a.columns), column = static_cast<index_t>(at % a.columns), row = a.row(item, place);
     if (row < 0) return;
-    T& to = a.all[row * a.all_stride + at % a.columns];
-    const T value = a.gate(row) * a.bucket[(item * offset_t{a.places} + at / a.columns) * a.bucket_stride + at % a.columns];
+    T& to = a.all[row * a.all_stride + column];
+    const T value = a.factor(item, row, place, column) * a.bucket[(offset_t{item} * a.places + place) * a.bucket_stride + column];
     to = a.adds ? to + value : value;
 }
 

@@ -71,6 +71,14 @@ __global__ void __launch_bounds__(edge_threads, edge_blocks) hop_gradient(const 
     if (lane == 0) a.row_sums[row] = a.first ? sum : a.row_sums[row] + sum;
 }
 
+template <class T>
+void apply_hop_gradient(HopGradientArguments<T> arguments, index_t items, cudaStream_t stream) {
+    for_each_grid(0, items, [&](index_t item, unsigned count) {
+        arguments.first_item = item;
+        launch("hop_gradient", hop_gradient<T>, dim3(blocks_for(arguments.queries, edge_warps), count), edge_threads, 0, stream, arguments);
+    });
+}
+
 /// H_k and Z_k of all hops.
 template <class T>
 struct Hops {
