@@ -1,6 +1,7 @@
 #pragma once
 /// Attention<..., Cuda> on tensors in device memory, for sources that nvcc compiles as C++20. Without xtensor and xsimd; the CPU's umbrella is polyattn.hpp.
-/// By name beside it: backend/cuda/sampling.cuh (graphs and draws made on the device) and backend/cuda/language_model.cuh.
+/// By name beside it: backend/cuda/sampling.cuh (graphs and draws made on the device), backend/cuda/language_model.cuh and
+/// backend/cuda/multi_resolution.cuh (AdaMRA's layer).
 
 #include <polyattn/backend/cuda/attention_layer.cuh>
 #include <polyattn/backend/cuda/compressed_layer.cuh>

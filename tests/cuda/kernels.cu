@@ -1,5 +1,6 @@
 // The kernels by name, for what ptxas says of them: registers, spills, and whether every architecture takes them.
 #include <polyattn/backend/cuda/language_model.cuh>
+#include <polyattn/backend/cuda/multi_resolution.cuh>
 #include <polyattn/polyattn_cuda.cuh>
 
 POLYATTN_BEGIN_NAMESPACE
@@ -21,7 +22,12 @@ namespace detail::cuda {
     template __global__ void sum_chunks<T>(const __grid_constant__ LinearProduct<T>);                                   \
     template __global__ void apply_states<T>(const __grid_constant__ LinearProduct<T>);                                 \
     template __global__ void linear_rows<T>(const __grid_constant__ LinearArguments<T>);                                \
-    template __global__ void random_features<T>(const __grid_constant__ RandomFeatureArguments<T>);
+    template __global__ void random_features<T>(const __grid_constant__ RandomFeatureArguments<T>);                     \
+    template __global__ void choose_routes<T>(const __grid_constant__ RoutedRows, const T*, T*, index_t*);              \
+    template __global__ void gather_rows<T>(const __grid_constant__ BucketRows<T>);                                     \
+    template __global__ void scatter_rows<T>(const __grid_constant__ BucketRows<T>);                                    \
+    template __global__ void sum_probabilities<T>(const T*, index_t, index_t, double*);                                 \
+    template __global__ void router_gradient<T>(const __grid_constant__ RouterGradientArguments<T>);
 POLYATTN_KERNELS(float)
 POLYATTN_KERNELS(double)
 
