@@ -274,11 +274,7 @@ public:
     template <class T>
     RecurrentState<T> start(index_t batch, index_t heads, index_t key_heads, index_t dim, index_t value_dim) const {
         static_assert(kernel && detail::is_causal<Pattern>() && !std::is_same_v<Backend, Reference>, "polyattn: start() and step() are of causal kernel scores: Attention<Kernel<Features>, Causal>");
-        detail::require(batch >= 0, "batch", "a number >= 0", batch);
-        detail::require(heads >= 1, "heads", "a number >= 1", heads);
-        detail::require(key_heads >= 1 && heads % key_heads == 0, "key_heads", [&] { return detail::text("a number that divides the ", heads, " heads"); }, key_heads);
-        detail::require(dim >= 1, "dim", "a head dimension >= 1", dim);
-        detail::require(value_dim >= 0, "value_dim", "a number of columns >= 0", value_dim);
+        Base::check_recurrent(batch, heads, key_heads, dim, value_dim);
         RecurrentState<T> state;
         state.q_ = {batch, heads, 1, dim};
         state.key_heads_ = key_heads;

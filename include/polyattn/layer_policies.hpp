@@ -192,6 +192,14 @@ protected:
         }
         else return bind_bias(bias_, q.tokens(), k.tokens());
     }
+    /// What the states of start() take.
+    static void check_recurrent(index_t batch, index_t heads, index_t key_heads, index_t dim, index_t value_dim) {
+        require(batch >= 0, "batch", "a number >= 0", batch);
+        require(heads >= 1, "heads", "a number >= 1", heads);
+        require(key_heads >= 1 && heads % key_heads == 0, "key_heads", [&] { return text("a number that divides the ", heads, " heads"); }, key_heads);
+        require(dim >= 1, "dim", "a head dimension >= 1", dim);
+        require(value_dim >= 0, "value_dim", "a number of columns >= 0", value_dim);
+    }
     index_t feature_count(index_t dim) const {
         if constexpr (requires { score_.features.count(dim); }) return score_.features.count(dim);
         else return dim;

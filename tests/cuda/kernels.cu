@@ -23,6 +23,8 @@ namespace detail::cuda {
     template __global__ void apply_states<T>(const __grid_constant__ LinearProduct<T>);                                 \
     template __global__ void linear_rows<T>(const __grid_constant__ LinearArguments<T>);                                \
     template __global__ void random_features<T>(const __grid_constant__ RandomFeatureArguments<T>);                     \
+    template __global__ void recurrent_denominators<T>(const __grid_constant__ RecurrentDenominators<T>);               \
+    template __global__ void recurrent_hop<T>(const __grid_constant__ RecurrentHop<T>);                                 \
     template __global__ void choose_routes<T>(const __grid_constant__ RoutedRows, const T*, T*, index_t*);              \
     template __global__ void gather_rows<T>(const __grid_constant__ BucketRows<T>);                                     \
     template __global__ void scatter_rows<T>(const __grid_constant__ BucketRows<T>);                                    \

@@ -1,8 +1,8 @@
 #pragma once
 // Attention<..., Cuda>: the stages in order, as launches on the caller's stream. A recursion asks an operator for A Z, A^T G and the gradient of A;
-// the operators are softmax_operator.cuh and kernel_attention.cuh.
+// the operators are softmax_operator.cuh and kernel_attention.cuh; step() is recurrent_step.cuh.
 
-#include <polyattn/backend/cuda/kernel_attention.cuh>
+#include <polyattn/backend/cuda/recurrent_step.cuh>
 #include <polyattn/backend/cuda/softmax_operator.cuh>
 #include <polyattn/backend/cuda/tensor.cuh>
 #include <polyattn/layer_policies.hpp>
@@ -46,6 +46,26 @@ struct CudaGradients {
     CudaTensor<T> q, k, v;
     std::vector<double> bias = {};
     std::vector<double> compression = {};
+};
+
+/// What a causal kernel layer remembers of the tokens so far, on the device: sums of a fixed size for each head and hop, and the scratch memory of a step. Made
+/// by start(), moved on by step(). Belongs to one stream.
+template <class T>
+class CudaRecurrentState {
+public:
+    /// Tokens so far.
+    index_t tokens() const { return tokens_; }
+
+private:
+    template <class...>
+    friend class AttentionLayer;
+
+    std::array<index_t, 4> q_{};  // batch, heads, 1, dim
+    index_t key_heads_ = 0, value_dim_ = 0, tokens_ = 0;
+    std::size_t hop_count_ = 0;
+    offset_t of_head_ = 0;  // numbers of one head's state
+    CudaTensor<T> sums_;
+    CudaWorkspace workspace_;
 };
 
 template <class T>
@@ -205,6 +225,59 @@ public:
             detail::cuda::with_workspace(call, [&](detail::cuda::Carver carver) { return work_backward(carver, saved, d, d_q, d_k, d_v, gradients.bias, call); });
     }
 
+    /// The state in front of the first token, for step(). Set to zero on the stream. Throws invalid_input, cuda_error.
+    template <class T>
+    CudaRecurrentState<T> start(index_t batch, index_t heads, index_t key_heads, index_t dim, index_t value_dim, cudaStream_t stream = nullptr) const {
+        static_assert(kernel && detail::is_causal<Pattern>(), "polyattn: start() and step() are of causal kernel scores: Attention<Kernel<Features>, Causal>");
+        static_assert(std::is_same_v<T, float> || std::is_same_v<T, double>, "polyattn: kernel scores take tensors of float or double");
+        Base::check_recurrent(batch, heads, key_heads, dim, value_dim);
+        CudaRecurrentState<T> state;
+        state.q_ = {batch, heads, 1, dim};
+        state.key_heads_ = key_heads;
+        state.value_dim_ = value_dim;
+        state.hop_count_ = recursion_.hops.size();
+        // Rows that have to be copied.
+        const auto rows = [&](index_t of_heads, index_t columns) { return TensorView<const T>{nullptr, {batch, of_heads, 1, columns}, {1, 1, 1, 2}, 4}; };
+        detail::cuda::Carver counter;
+        with_step<T>(counter, rows(heads, dim), rows(key_heads, dim), rows(key_heads, value_dim), stream, [&](const auto& step, const auto&) {
+            state.of_head_ = step.size();
+            resize(state.sums_, offset_t{batch} * heads * step.size());
+        });
+        state.workspace_.reserve(std::max<std::size_t>(counter.used(), 1));
+        if (state.sums_.size() > 0) detail::cuda::check_cuda(cudaMemsetAsync(state.sums_.data(), 0, static_cast<std::size_t>(state.sums_.size()) * sizeof(T), stream), "cudaMemsetAsync");
+        return state;
+    }
+    /// The next token of every sequence: q [.., heads, 1, d], k [.., key heads, 1, d], v [.., key heads, 1, e] -> [.., heads, 1, e], what the causal layer
+    /// gives for the last of all tokens so far, up to rounding. O(f e) a head and hop, for f features, whatever came before. Of `options` the stream is
+    /// used. Throws invalid_input, cuda_error. Deterministic. Source: Katharopoulos et al., "Transformers are RNNs" (2020), equations 16 to 20.
+    template <class T, class Q, class K, class V>
+    CudaTensor<T> step(CudaRecurrentState<T>& state, const TensorView<Q>& q, const TensorView<K>& k, const TensorView<V>& v, const CudaOptions& options = {}) const {
+        CudaTensor<T> out(shape_like(q, {1, v.dim()}));
+        step_into(out.view(), state, q, k, v, options);
+        return out;
+    }
+    /// The same, written to `out`. Allocates nothing on the device and does not wait, but that directions of random features are copied from the host, for which CUDA
+    /// may wait.
+    template <class T, class Q, class K, class V>
+    void step_into(const TensorView<T>& out, CudaRecurrentState<T>& state, const TensorView<Q>& q, const TensorView<K>& k, const TensorView<V>& v, const CudaOptions& options = {}) const {
+        static_assert(std::is_same_v<common_element<Q, K, V>, T>, "polyattn: state and out must have the inputs' value type");
+        const TensorView<const T> vq = q, vk = k, vv = v;
+        check_shapes<T>(vq, vk, vv);
+        require_shape(vq, state.q_, vq.rank, "q");
+        require_shape(vk, {state.q_[0], state.key_heads_, 1, state.q_[3]}, vk.rank, "k");
+        require_shape(vv, {state.q_[0], state.key_heads_, 1, state.value_dim_}, vv.rank, "v");
+        require_shape(out, {state.q_[0], state.q_[1], 1, state.value_dim_}, vq.rank, "out");
+        detail::cuda::require_device_memory(vq, "q");
+        detail::cuda::require_device_memory(vk, "k");
+        detail::cuda::require_device_memory(vv, "v");
+        detail::cuda::require_device_memory(out, "out");
+        detail::cuda::Carver carver(state.workspace_.data());
+        with_step<T>(carver, vq, vk, vv, options.stream, [&](const auto& step, const auto& values) {
+            detail::require(step.size() == state.of_head_ && recursion_.hops.size() == state.hop_count_, "state", "one that start() of this layer made", "another's");
+            step.run(recursion_, values, ++state.tokens_, state.sums_.data(), out);
+        });
+    }
+
     /// Bytes of workspace that the same call takes. Throws invalid_input.
     template <class Q, class K, class V>
     std::size_t workspace_bytes(const TensorView<Q>& q, const TensorView<K>& k, const TensorView<V>& v, const CudaOptions& options = {}) const {
@@ -308,6 +381,19 @@ private:
             const auto features = this->bind(q, k);
             f(KernelAttention<T, std::remove_const_t<decltype(features)>>(carver, call, features, zero, detail::epsilon_of(score_, zero), detail::is_causal<Pattern>()));
         } else f(SoftmaxOperator<T, DeviceBias>(carver, call, runs, score_.factor(q.dim()), on_device(bias_, q.tokens(), k.tokens(), {&carver, call.stream}), logsumexp, backward));
+    }
+
+    /// f(one token's step, rows of v).
+    template <class T, class F>
+    void with_step(detail::cuda::Carver& carver, const TensorView<const T>& q, const TensorView<const T>& k, const TensorView<const T>& v, cudaStream_t stream, F&& f) const {
+        using namespace detail::cuda;
+        CudaOptions options;
+        options.stream = stream;
+        const OperatorCall<T> call = make_call(carver, q, k, v, options);
+        const Rows<T> values = as_rows(v, q.heads(), carver, stream);
+        const detail::ZeroRow zero = detail::zero_row(score_, !std::is_same_v<Diffusion, NoDiffusion>);
+        const auto features = this->bind(q, k);
+        f(RecurrentStep<T, std::remove_const_t<decltype(features)>>(carver, call, v.dim(), features, zero, detail::epsilon_of(score_, zero), recursion_.hops.size()), values);
     }
 
     /// Z_0 = start V enters only through the first hop, which takes the factor.

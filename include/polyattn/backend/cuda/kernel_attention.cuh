@@ -10,17 +10,14 @@ POLYATTN_BEGIN_NAMESPACE
 
 namespace detail::cuda {
 
-/// All heads of one call.
+/// phi of a call's queries and keys.
 template <class T, class Features>
-class KernelAttention {
+class KernelFeatures {
     static constexpr bool random = has_directions<Features>;
-    static constexpr index_t vector = 16 / sizeof(T);
 
 public:
     /// The carver may only count.
-    KernelAttention(Carver& carver, const OperatorCall<T>& call, const Features& features, ZeroRow zero, double epsilon, bool causal)
-        : call_(call), k_(call.k), features_(features), zero_(zero), epsilon_(epsilon), causal_(causal), count_(call.dim) {
-        const index_t tokens = std::max(call.queries, call.keys);
+    KernelFeatures(Carver& carver, const OperatorCall<T>& call, const Features& features, ZeroRow zero, bool causal) : call_(call), k_(call.k), features_(features), causal_(causal), mean_(zero == ZeroRow::mean), count_(call.dim) {
         k_.heads = call.key_heads;
         k_.group = 1;
         if constexpr (random) {
@@ -29,9 +26,85 @@ public:
             transposed_ = carver.template take<T>(offset_t{count_} * call_.dim);
             largest_ = carver.template take<T>(offset_t{call_.batch} * call_.key_heads * feature_blocks(call_.keys));
         }
-        width_ = padded<T>(count_ + (zero == ZeroRow::mean ? 1 : 0));
-        a_ = carver.template take<T>(offset_t{items()} * call_.queries * width_);
+        width_ = padded<T>(count_ + (mean_ ? 1 : 0));
+        a_ = carver.template take<T>(offset_t{call_.items()} * call_.queries * width_);
         b_ = carver.template take<T>(offset_t{call_.batch} * call_.key_heads * call_.keys * width_);
+    }
+
+    index_t count() const { return count_; }
+    /// Padded, with a column of ones where rows may be means.
+    index_t width() const { return width_; }
+    T* of_queries() const { return a_; }
+    T* of_keys() const { return b_; }
+    Rows<T> query_rows() const { return packed_rows<T>(a_, call_.heads, offset_t{call_.queries} * width_, width_); }
+    Rows<T> key_rows() const {
+        const std::ptrdiff_t head = std::ptrdiff_t{call_.keys} * width_;
+        return {b_, call_.key_heads * head, head, width_, call_.heads, call_.group()};
+    }
+
+    void make() const {
+        if constexpr (random) {
+            std::vector<T> rows(features_->w.begin(), features_->w.end()), columns(rows.size());
+            for (index_t f = 0; f < count_; ++f)
+                for (index_t c = 0; c < call_.dim; ++c) columns[static_cast<std::size_t>(c * count_ + f)] = rows[static_cast<std::size_t>(f * call_.dim + c)];
+            check_cuda(cudaMemcpyAsync(directions_, rows.data(), rows.size() * sizeof(T), cudaMemcpyHostToDevice, call_.stream), "cudaMemcpyAsync of directions");
+            check_cuda(cudaMemcpyAsync(transposed_, columns.data(), columns.size() * sizeof(T), cudaMemcpyHostToDevice, call_.stream), "cudaMemcpyAsync of directions");
+        }
+        make_features(key_arguments(), false);
+        make_features(query_arguments(), true);
+    }
+    /// dL/dq from dL/da_i, and, with the heads of a group added, dL/dk.
+    void query_gradient(const T* d_a, const T* g, const T* sums, const T* inverse, const Finish<T>& finish) const { through_features({query_arguments(), padded<T>(call_.dim), a_, d_a, 1, g, sums, inverse, directions_, finish}); }
+    void key_gradient(const T* d_b, const Finish<T>& finish) const { through_features({key_arguments(), padded<T>(call_.dim), b_, d_b, call_.group(), nullptr, nullptr, nullptr, directions_, finish}); }
+
+private:
+    static index_t feature_blocks(index_t tokens) { return (tokens + feature_block_rows - 1) / feature_block_rows; }
+    FeatureArguments<T> query_arguments() const { return {call_.q, a_, call_.dim, count_, width_, call_.queries, call_.heads, 0, call_.query_lengths, false}; }
+    FeatureArguments<T> key_arguments() const { return {k_, b_, call_.dim, count_, width_, call_.keys, call_.key_heads, 0, call_.key_lengths, mean_}; }
+    void make_features(FeatureArguments<T> arguments, [[maybe_unused]] bool of_queries) const {
+        if (arguments.tokens == 0) return;
+        for_each_grid(0, call_.batch * arguments.heads, [&](index_t item, unsigned count) {
+            arguments.first_item = item;
+            if constexpr (random) {
+                const index_t blocks = feature_blocks(arguments.tokens);
+                RandomFeatureArguments<T> given{arguments, transposed_, of_queries ? Shift::row : causal_ ? Shift::constant : Shift::head, static_cast<T>(features_->fixed_shift), largest_};
+                const std::size_t shared = static_cast<std::size_t>(call_.dim) * feature_block_rows * sizeof(T);
+                launch("random_features", random_features<T>, dim3(static_cast<unsigned>(blocks), count), feature_threads, shared, call_.stream, given);
+                if (given.shift == Shift::head)
+                    launch("exponents_to_features", exponents_to_features<T>, dim3(static_cast<unsigned>(blocks), count), feature_threads, 0, call_.stream, arguments, static_cast<const T*>(largest_), blocks);
+            } else
+                launch("feature_rows", feature_rows<T, Features>, dim3(blocks_for(offset_t{arguments.tokens} * arguments.columns, 256), count), 256, 0, call_.stream, arguments, features_);
+        });
+    }
+    void through_features(FeatureGradientArguments<T> arguments) const {
+        if (arguments.rows.tokens == 0) return;
+        for_each_grid(0, call_.batch * arguments.rows.heads, [&](index_t item, unsigned count) {
+            arguments.rows.first_item = item;
+            if constexpr (random)
+                launch("random_feature_gradient", random_feature_gradient<T>, dim3(static_cast<unsigned>(arguments.rows.tokens), count), feature_threads,
+                       static_cast<std::size_t>(padded<T>(count_) + arguments.dim_columns) * sizeof(T), call_.stream, arguments);
+            else launch("feature_gradient", feature_gradient<T, Features>, dim3(blocks_for(arguments.rows.tokens, 4), count), 128, 0, call_.stream, arguments, features_);
+        });
+    }
+
+    OperatorCall<T> call_;
+    Rows<T> k_;  // one head a key head
+    Features features_;
+    bool causal_, mean_;
+    index_t count_, width_ = 0;
+    T *directions_ = nullptr, *transposed_ = nullptr, *largest_ = nullptr, *a_, *b_;
+};
+
+/// All heads of one call.
+template <class T, class Features>
+class KernelAttention {
+    static constexpr index_t vector = 16 / sizeof(T);
+
+public:
+    /// The carver may only count.
+    KernelAttention(Carver& carver, const OperatorCall<T>& call, const Features& features, ZeroRow zero, double epsilon, bool causal)
+        : call_(call), features_(carver, call, features, zero, causal), zero_(zero), epsilon_(epsilon), causal_(causal), width_(features_.width()) {
+        const index_t tokens = std::max(call.queries, call.keys);
         ones_ = carver.template take<T>(offset_t{tokens} * vector);
         denominators_ = carver.template take<T>(offset_t{items()} * call_.queries * vector);
         inverse_ = carver.template take<T>(offset_t{items()} * call_.queries);
@@ -47,21 +120,13 @@ public:
     void prepare() const {
         const offset_t ones = offset_t{std::max(call_.queries, call_.keys)} * vector;
         launch("fill_ones", fill_ones<T>, dim3(blocks_for(ones, 256)), 256, 0, call_.stream, ones_, ones);
-        if constexpr (random) {
-            std::vector<T> rows(features_->w.begin(), features_->w.end()), columns(rows.size());
-            for (index_t f = 0; f < count_; ++f)
-                for (index_t c = 0; c < call_.dim; ++c) columns[static_cast<std::size_t>(c * count_ + f)] = rows[static_cast<std::size_t>(f * call_.dim + c)];
-            check_cuda(cudaMemcpyAsync(directions_, rows.data(), rows.size() * sizeof(T), cudaMemcpyHostToDevice, call_.stream), "cudaMemcpyAsync of directions");
-            check_cuda(cudaMemcpyAsync(transposed_, columns.data(), columns.size() * sizeof(T), cudaMemcpyHostToDevice, call_.stream), "cudaMemcpyAsync of directions");
-        }
-        make_features(key_arguments(), false);
-        make_features(query_arguments(), true);
+        features_.make();
         LinearProduct<T> product = forward_product();
         product.values = ones_rows();
         product.columns = vector;
         product.finish = packed_finish(denominators_, call_.queries, vector, call_.heads);
         linear_product(product, items(), call_.stream);
-        NormaliseArguments<T> arguments{a_, denominators_, inverse_, marks_, count_, width_, call_.queries, call_.keys, call_.heads, 0, call_.query_lengths, call_.key_lengths, causal_, zero_, static_cast<T>(epsilon_)};
+        NormaliseArguments<T> arguments{features_.of_queries(), denominators_, inverse_, marks_, features_.count(), width_, call_.queries, call_.keys, call_.heads, 0, call_.query_lengths, call_.key_lengths, causal_, zero_, static_cast<T>(epsilon_)};
         for_each_grid(0, items(), [&](index_t item, unsigned count) {
             arguments.first_item = item;
             launch("normalise_features", normalise_features<T>, dim3(blocks_for(call_.queries, 4), count), 128, 0, call_.stream, arguments);
@@ -102,36 +167,28 @@ public:
             const Rows<T> h = packed_rows<T>(hops.h + k * of_hop, call_.heads, hops.count * of_hop, hops.columns);
             const Rows<T> z = k == 0 ? hops.v : packed_rows<T>(hops.z + (k - 1) * of_hop, call_.heads, hops.count * of_hop, hops.columns);
             // dL/da_i = sum_j (h_i . z_j) b_j and dL/db_j = sum_i (z_j . h_i) a_i over the pairs of A.
-            add_product(forward_product(), h, z, hops.columns, key_features(), to.d_a, k > 0);
-            add_product(transposed_product(), z, h, hops.columns, query_features(), to.d_b, k > 0);
+            add_product(forward_product(), h, z, hops.columns, features_.key_rows(), to.d_a, k > 0);
+            add_product(transposed_product(), z, h, hops.columns, features_.query_rows(), to.d_b, k > 0);
         }
         const offset_t lines = offset_t{items()} * call_.queries;
-        launch("normaliser_gradient", normaliser_gradient<T>, dim3(blocks_for(lines, 4)), 128, 0, call_.stream, static_cast<const T*>(a_), static_cast<const T*>(to.d_a), static_cast<const T*>(inverse_), to.g, count_, width_, lines);
-        add_product(forward_product(), ones_rows(), ones_rows(), vector, key_features(), to.sums, false);
-        add_product(transposed_product(), ones_rows(), packed_rows<T>(to.g, call_.heads, offset_t{call_.queries} * vector, vector), vector, query_features(), to.d_b, true);
-        through_features({query_arguments(), padded<T>(call_.dim), a_, to.d_a, 1, to.g, to.sums, inverse_, directions_, d_q});
+        launch("normaliser_gradient", normaliser_gradient<T>, dim3(blocks_for(lines, 4)), 128, 0, call_.stream, static_cast<const T*>(features_.of_queries()), static_cast<const T*>(to.d_a), static_cast<const T*>(inverse_), to.g, features_.count(), width_, lines);
+        add_product(forward_product(), ones_rows(), ones_rows(), vector, features_.key_rows(), to.sums, false);
+        add_product(transposed_product(), ones_rows(), packed_rows<T>(to.g, call_.heads, offset_t{call_.queries} * vector, vector), vector, features_.query_rows(), to.d_b, true);
+        features_.query_gradient(to.d_a, to.g, to.sums, inverse_, d_q);
         Finish<T> finish_k;
         set_target(finish_k, d_k);
-        through_features({key_arguments(), padded<T>(call_.dim), b_, to.d_b, call_.group(), nullptr, nullptr, nullptr, directions_, finish_k});
+        features_.key_gradient(to.d_b, finish_k);
     }
 
 private:
-    static index_t feature_blocks(index_t tokens) { return (tokens + feature_block_rows - 1) / feature_block_rows; }
     index_t items() const { return call_.items(); }
     Sees sees() const { return causal_ ? Sees::earlier : Sees::all; }
     Rows<T> ones_rows() const { return {ones_, 0, 0, vector, call_.heads, 1}; }
-    Rows<T> query_features() const { return packed_rows<T>(a_, call_.heads, offset_t{call_.queries} * width_, width_); }
-    Rows<T> key_features() const {
-        const std::ptrdiff_t head = std::ptrdiff_t{call_.keys} * width_;
-        return {b_, call_.key_heads * head, head, width_, call_.heads, call_.group()};
-    }
-    FeatureArguments<T> query_arguments() const { return {call_.q, a_, call_.dim, count_, width_, call_.queries, call_.heads, 0, call_.query_lengths, false}; }
-    FeatureArguments<T> key_arguments() const { return {k_, b_, call_.dim, count_, width_, call_.keys, call_.key_heads, 0, call_.key_lengths, zero_ == ZeroRow::mean}; }
     /// Over queries, and over keys: A and A^T.
     LinearProduct<T> forward_product() const {
         LinearProduct<T> product{};
-        product.own = query_features();
-        product.other = key_features();
+        product.own = features_.query_rows();
+        product.other = features_.key_rows();
         product.inner = width_;
         product.own_tokens = call_.queries;
         product.other_tokens = call_.keys;
@@ -169,40 +226,13 @@ private:
         linear_product(product, items(), call_.stream);
     }
 
-    void make_features(FeatureArguments<T> arguments, [[maybe_unused]] bool of_queries) const {
-        if (arguments.tokens == 0) return;
-        for_each_grid(0, call_.batch * arguments.heads, [&](index_t item, unsigned count) {
-            arguments.first_item = item;
-            if constexpr (random) {
-                const index_t blocks = feature_blocks(arguments.tokens);
-                RandomFeatureArguments<T> given{arguments, transposed_, of_queries ? Shift::row : causal_ ? Shift::constant : Shift::head, static_cast<T>(features_->fixed_shift), largest_};
-                const std::size_t shared = static_cast<std::size_t>(call_.dim) * feature_block_rows * sizeof(T);
-                launch("random_features", random_features<T>, dim3(static_cast<unsigned>(blocks), count), feature_threads, shared, call_.stream, given);
-                if (given.shift == Shift::head)
-                    launch("exponents_to_features", exponents_to_features<T>, dim3(static_cast<unsigned>(blocks), count), feature_threads, 0, call_.stream, arguments, static_cast<const T*>(largest_), blocks);
-            } else
-                launch("feature_rows", feature_rows<T, Features>, dim3(blocks_for(offset_t{arguments.tokens} * arguments.columns, 256), count), 256, 0, call_.stream, arguments, features_);
-        });
-    }
-    void through_features(FeatureGradientArguments<T> arguments) const {
-        if (arguments.rows.tokens == 0) return;
-        for_each_grid(0, call_.batch * arguments.rows.heads, [&](index_t item, unsigned count) {
-            arguments.rows.first_item = item;
-            if constexpr (random)
-                launch("random_feature_gradient", random_feature_gradient<T>, dim3(static_cast<unsigned>(arguments.rows.tokens), count), feature_threads,
-                       static_cast<std::size_t>(padded<T>(count_) + arguments.dim_columns) * sizeof(T), call_.stream, arguments);
-            else launch("feature_gradient", feature_gradient<T, Features>, dim3(blocks_for(arguments.rows.tokens, 4), count), 128, 0, call_.stream, arguments, features_);
-        });
-    }
-
     OperatorCall<T> call_;
-    Rows<T> k_;  // one head a key head
-    Features features_;
+    KernelFeatures<T, Features> features_;
     ZeroRow zero_;
     double epsilon_;
     bool causal_;
-    index_t count_, width_ = 0;  // features, and padded, with a column of ones where rows may be means
-    T *directions_ = nullptr, *transposed_ = nullptr, *largest_ = nullptr, *a_, *b_, *ones_, *denominators_, *inverse_, *marks_, *states_;
+    index_t width_;
+    T *ones_, *denominators_, *inverse_, *marks_, *states_;
 };
 
 }  // namespace detail::cuda
