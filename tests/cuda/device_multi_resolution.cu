@@ -86,6 +86,7 @@ POLYATTN_INSTANTIATE(AllRecipe, double)
 POLYATTN_INSTANTIATE(EluRecipe, double)
 POLYATTN_INSTANTIATE(SoftmaxRecipe, float)
 POLYATTN_INSTANTIATE(SoftmaxRecipe, double)
+POLYATTN_INSTANTIATE(RandomFeaturesRecipe, double)
 
 namespace {
 
@@ -247,6 +248,7 @@ TEST_CASE("errors name the argument") {
     CHECK(forward(constant(x), constant(long_y), y.view(), 2, as_is) == "residual");
     CHECK(forward(constant(x), {}, y.view(), 5, as_is) == "batch");
     CHECK(forward(constant(x), {}, y.view(), 0, as_is) == "batch");
+    CHECK(argument([&] { layer.workspace_bytes(tensor_view<const float>(x.data(), {65536, 6}, {0, 1}), 65536); }) == "batch");
     CHECK(forward(constant(x), {}, y.view(), 2, [](CudaOptions& options) { options.key_lengths = {7, 2}; }) == "key_lengths");
     CHECK(forward(constant(x), {}, y.view(), 2, [](CudaOptions& options) { options.key_lengths = {3}; }) == "key_lengths");
     CHECK(forward(constant(x), {}, y.view(), 2, [](CudaOptions& options) { options.query_lengths = {3, 3}; }) == "query_lengths");

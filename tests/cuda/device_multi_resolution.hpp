@@ -40,3 +40,4 @@ using RandomRecipe = polyattn::MultiResolution<polyattn::SegmentMeans<1, 4>, pol
 using AllRecipe = polyattn::MultiResolution<polyattn::SegmentMeans<2, 5, 16>, polyattn::ConcatenateAll>;
 using EluRecipe = polyattn::MultiResolution<polyattn::SegmentMeans<1, 3, 9, 27, 81>, polyattn::TopOne<polyattn::Switch>, polyattn::Kernel<polyattn::EluPlusOne, polyattn::ExactOrZero>>;
 using SoftmaxRecipe = polyattn::MultiResolution<polyattn::SegmentMeans<1, 4>, polyattn::TopOne<polyattn::Switch>, polyattn::Softmax>;
+using RandomFeaturesRecipe = polyattn::MultiResolution<polyattn::SegmentMeans<2, 5>, polyattn::TopOne<polyattn::StraightThrough>, polyattn::Kernel<polyattn::PositiveRandomFeatures>>;

@@ -369,7 +369,7 @@ private:
     }
     void check(const TensorView<const T>& x, index_t batch, const CudaOptions& options) const {
         check_shape(x, x.tokens(), "x");
-        detail::require(batch >= 1 && x.tokens() % batch == 0, "batch", [&] { return detail::text("a number >= 1 that divides the ", x.tokens(), " rows of x"); }, batch);
+        detail::require(batch >= 1 && batch <= 65535 && x.tokens() % batch == 0, "batch", [&] { return detail::text("a number from 1 to 65535 that divides the ", x.tokens(), " rows of x"); }, batch);
         detail::require(offset_t{x.tokens()} * blocks() <= std::numeric_limits<index_t>::max(), "x", "rows x resolutions below 2^31", x.tokens());
         detail::check_lengths(options.key_lengths, batch, x.tokens() / batch, "key_lengths");
         detail::require(options.query_lengths.empty(), "query_lengths", "none: queries and keys are the same tokens", options.query_lengths.size());
@@ -384,6 +384,7 @@ private:
         const index_t rows = x.tokens(), tokens = rows / batch;
         saved.x_ = x;
         saved.dropout_ = detail::DropoutMask(options.dropout, options.draw, 0);
+        saved.starts_.clear();
         typename Saved::Kept& made = saved.kept_;
         made = {};
         if (!options.key_lengths.empty()) made.lengths = carver.template take<index_t>(offset_t{batch} * (resolutions + 1));
