@@ -83,6 +83,9 @@ void check(Random& random, const Policy& policy, const Score& score, Recursion r
     if constexpr (!Policy::is_linear)  // with ties
         for (auto* x : {&k, &v})
             for (T& entry : x->values) entry = std::round(2 * entry) / 2;
+    if constexpr (std::is_same_v<Policy, KMeans>)  // equal keys, so that clusters run empty
+        if (random.below(2))
+            for (T& entry : k.values) entry = std::round(entry);
     const auto q2 = in_double(q), k2 = in_double(k), v2 = in_double(v), d_out2 = in_double(d_out);
     const DeviceLayer<NoBias, Score, Dense, Policy> tested{AnyDiffusion{recursion}, {}, score, {}, policy};
     const auto exact = exact_layer(policy, score, recursion);
@@ -200,11 +203,18 @@ TEST_CASE("projection along the tokens") {
     check_sizes<float>(random, Softmax{}, true, make);
     check_sizes<double>(random, ReluMean{}, true, positive);
 }
+TEST_CASE("clusters of keys") {
+    POLYATTN_RANDOM(random);
+    const auto make = [&](index_t) { return KMeans{.clusters = 1 + random.below(40), .iterations = random.below(4)}; };
+    check_sizes<float>(random, Softmax{}, true, make);
+    check_sizes<double>(random, Softmax{}, true, make);
+}
 TEST_CASE("padding never counts, whatever it holds") {
     POLYATTN_RANDOM(random);
     check_padding(random, DeviceLayer<NoBias, Softmax, Dense, SegmentMeans<4>>{AnyDiffusion{recursions[1]}});
     check_padding(random, DeviceLayer<NoBias, ReluMean, Dense, SegmentMeans<2>>{AnyDiffusion{recursions[0]}});
     check_padding(random, DeviceLayer<NoBias, Softmax, Dense, SegmentMax<3>>{AnyDiffusion{recursions[0]}});
     check_padding(random, DeviceLayer<NoBias, Softmax, Dense, StridedConvolution>{AnyDiffusion{recursions[1]}, {}, {}, {}, StridedConvolution::means(3)});
+    check_padding(random, DeviceLayer<NoBias, Softmax, Dense, KMeans>{AnyDiffusion{recursions[1]}, {}, {}, {}, KMeans{.clusters = 5}});
     check_padding(random, DeviceLayer<NoBias, Softmax, Dense, LinearProjection>{AnyDiffusion{recursions[1]}, {}, {}, {}, LinearProjection::drawn(40, 5)});
 }

@@ -19,6 +19,8 @@ POLYATTN_INSTANTIATE(double, NoBias, Softmax, Dense, SegmentMax<3>)
 POLYATTN_INSTANTIATE(float, NoBias, Softmax, Dense, StridedConvolution)
 POLYATTN_INSTANTIATE(double, NoBias, Softmax, Dense, StridedConvolution)
 POLYATTN_INSTANTIATE(float, NoBias, Softmax, Dense, LinearProjection)
+POLYATTN_INSTANTIATE(float, NoBias, Softmax, Dense, KMeans)
+POLYATTN_INSTANTIATE(double, NoBias, Softmax, Dense, KMeans)
 POLYATTN_INSTANTIATE(double, NoBias, ReluMean, Dense, LinearProjection)
 
 TEST_CASE("into, accumulate, strides, workspaces, a saved pass that is used again, another table") {
@@ -58,6 +60,7 @@ TEST_CASE("into, accumulate, strides, workspaces, a saved pass that is used agai
     check(Attention<SegmentMeans<3>, Cuda>{});
     check(Attention<SegmentMeans<4>, PPR<3>, Cuda>{});
     check(Attention<SegmentMeans<2>, Kernel<ReLU>, Cuda>{});
+    check(Attention<KMeans, PPR<2>, Cuda>{KMeans{.clusters = 4}, PPR<2>{}});
     check(Attention<SegmentMeans<3>, Kernel<EluPlusOne>, PPR<2>, Cuda>{});
     auto table = StridedConvolution::means(3);
     const auto x = random.tensor<double>({n, d});

@@ -1,4 +1,5 @@
 // The kernels by name, for what ptxas says of them: registers, spills, and whether every architecture takes them.
+#include <polyattn/backend/cuda/compressed_layer.cuh>
 #include <polyattn/backend/cuda/language_model.cuh>
 #include <polyattn/backend/cuda/multi_resolution.cuh>
 #include <polyattn/polyattn_cuda.cuh>
@@ -25,6 +26,9 @@ namespace detail::cuda {
     template __global__ void random_features<T>(const __grid_constant__ RandomFeatureArguments<T>);                     \
     template __global__ void recurrent_denominators<T>(const __grid_constant__ RecurrentDenominators<T>);               \
     template __global__ void recurrent_hop<T>(const __grid_constant__ RecurrentHop<T>);                                 \
+    template __global__ void find_centroids<T>(const __grid_constant__ ClusterArguments<T>, bool);                      \
+    template __global__ void find_nearest<T>(const __grid_constant__ ClusterArguments<T>);                              \
+    template __global__ void sort_by_cluster<T>(const __grid_constant__ ClusterArguments<T>);                           \
     template __global__ void choose_routes<T>(const __grid_constant__ RoutedRows, const T*, T*, index_t*);              \
     template __global__ void gather_rows<T>(const __grid_constant__ BucketRows<T>);                                     \
     template __global__ void scatter_rows<T>(const __grid_constant__ BucketRows<T>);                                    \

@@ -107,6 +107,41 @@ private:
     }
 };
 
+/// Means of clusters: of each head of keys the cluster of every token, the tokens by cluster, and where clusters begin in them.
+template <class T>
+struct ClusterForm {
+    static constexpr int vector = 16 / sizeof(T);
+    const index_t *cluster, *order, *starts;
+    index_t tokens, clusters, key_heads;
+    /// That of one item of `heads` heads.
+    __device__ ClusterForm of(index_t item, index_t heads) const {
+        const offset_t own = offset_t{item / heads} * key_heads + item % heads / (heads / key_heads);
+        return {cluster + own * tokens, order + own * tokens, starts + own * (clusters + 1), tokens, clusters, key_heads};
+    }
+    __device__ index_t landmarks(index_t valid) const { return min(clusters, valid); }
+    __device__ T share(index_t j) const { return 1 / static_cast<T>(starts[j + 1] - starts[j]); }
+    template <class Read>
+    __device__ Vector<T> landmark(const Read& x, index_t j, index_t) const {
+        const T factor = share(j);
+        Vector<T> sum{};
+        for (index_t at = starts[j]; at < starts[j + 1]; ++at) {
+            const Vector<T> row = x(order[at]);
+#pragma unroll
+            for (int l = 0; l < vector; ++l) sum.at[l] += factor * row.at[l];
+        }
+        return sum;
+    }
+    template <class Read, class ReadGradient>
+    __device__ Vector<T> token(const Read&, const ReadGradient& d_y, index_t i, index_t) const {
+        const index_t j = cluster[i];
+        Vector<T> d = d_y(j);
+        const T factor = share(j);
+#pragma unroll
+        for (int l = 0; l < vector; ++l) d.at[l] *= factor;
+        return d;
+    }
+};
+
 /// All heads of one call. `landmarks` rows an item, those behind an item's own are 0.
 struct CompressionCall {
     index_t batch, heads, tokens, landmarks, columns;  // columns: padded
@@ -122,15 +157,22 @@ struct CompressArguments {
     Finish<T> finish;
 };
 
+template <class Form>
+__device__ Form form_of(const Form& form, index_t item, index_t heads) {
+    if constexpr (requires { form.of(item, heads); }) return form.of(item, heads);
+    else return form;
+}
+
 /// A vector of columns of a landmark, or, of the adjoint, of a token.
 template <bool Adjoint, class T, class Form>
-__global__ void __launch_bounds__(256) compress_rows(const __grid_constant__ CompressArguments<T> a, const __grid_constant__ Form form) {
+__global__ void __launch_bounds__(256) compress_rows(const __grid_constant__ CompressArguments<T> a, const __grid_constant__ Form all) {
     constexpr index_t vector = 16 / sizeof(T);
     const offset_t at = offset_t{blockIdx.x} * blockDim.x + threadIdx.x;
     const index_t vectors = a.call.columns / vector;
     if (at >= offset_t{Adjoint ? a.call.tokens : a.call.landmarks} * vectors) return;
     const auto row = static_cast<index_t>(at / vectors), c = static_cast<index_t>(at % vectors) * vector, item = a.first_item + static_cast<index_t>(blockIdx.y);
     const index_t valid = a.call.lengths(item / a.call.heads);
+    const Form form = form_of(all, item, a.call.heads);
     const auto x = [&](index_t i) { return load_vector(a.x.head(item) + i * a.x.row_stride + c); };
     Vector<T> made{};
     if constexpr (Adjoint) {
@@ -151,6 +193,101 @@ void compress_with(const Form& form, CompressArguments<T> arguments) {
         arguments.first_item = item;
         launch("compress_rows", compress_rows<Adjoint, T, Form>, dim3(blocks_for(vectors, 256), count), 256, 0, call.stream, arguments, form);
     });
+}
+
+template <class T>
+struct ClusterArguments {
+    Rows<T> keys;
+    CompressionCall call;  // of keys
+    index_t clusters, first_item;
+    index_t *cluster, *order;       // [items][tokens]
+    index_t *sizes, *starts;        // [items][clusters], [items][clusters + 1]
+    double *centroids, *distances;  // [items][clusters][columns], [items][tokens]
+
+    __device__ index_t item(unsigned block) const { return first_item + static_cast<index_t>(block); }
+    __device__ index_t valid(index_t item) const { return call.lengths(item / call.heads); }
+    __device__ double key(index_t item, index_t i, index_t c) const { return double(keys.head(item)[i * keys.row_stride + c]); }
+};
+
+inline constexpr int cluster_threads = 256;
+
+// Lloyd's iterations in double and without contraction, so that clusters are those of the CPU.
+
+/// A centroid a warp: evenly spaced keys at `first`, then the mean of the cluster.
+template <class T>
+__global__ void __launch_bounds__(cluster_threads) find_centroids(const __grid_constant__ ClusterArguments<T> a, bool first) {
+    const index_t item = a.item(blockIdx.y), n = a.valid(item), count = min(a.clusters, n), j = static_cast<index_t>((blockIdx.x * cluster_threads + threadIdx.x) / 32);
+    if (j >= count) return;
+    double* const centroid = a.centroids + (offset_t{item} * a.clusters + j) * a.call.columns;
+    const index_t chosen = first ? static_cast<index_t>(offset_t{n} * j / count) : 0;
+    const index_t* const order = a.order + offset_t{item} * a.call.tokens;
+    const index_t* const starts = a.starts + offset_t{item} * (a.clusters + 1);
+    for (auto c = static_cast<index_t>(threadIdx.x % 32); c < a.call.columns; c += 32) {
+        double sum = first ? a.key(item, chosen, c) : 0;
+        if (!first)
+            for (index_t at = starts[j]; at < starts[j + 1]; ++at) sum = __dadd_rn(sum, a.key(item, order[at], c));
+        centroid[c] = first ? sum : __ddiv_rn(sum, double(starts[j + 1] - starts[j]));
+    }
+}
+
+/// A key's nearest centroid, the first of equal ones, a key a thread.
+template <class T>
+__global__ void __launch_bounds__(cluster_threads) find_nearest(const __grid_constant__ ClusterArguments<T> a) {
+    const index_t item = a.item(blockIdx.y), n = a.valid(item), count = min(a.clusters, n), i = static_cast<index_t>(blockIdx.x * cluster_threads + threadIdx.x);
+    if (i >= n) return;
+    const double* centroid = a.centroids + offset_t{item} * a.clusters * a.call.columns;
+    index_t nearest = 0;
+    double shortest = 0;
+    for (index_t j = 0; j < count; ++j, centroid += a.call.columns) {
+        double distance = 0;
+        for (index_t c = 0; c < a.call.columns; ++c) {
+            const double apart = __dsub_rn(a.key(item, i, c), centroid[c]);
+            distance = __dadd_rn(distance, __dmul_rn(apart, apart));
+        }
+        if (j == 0 || distance < shortest) {
+            shortest = distance;
+            nearest = j;
+        }
+    }
+    a.cluster[offset_t{item} * a.call.tokens + i] = nearest;
+    a.distances[offset_t{item} * a.call.tokens + i] = shortest;
+}
+
+/// Keys by cluster, a head a block. What is rare, a cluster that runs empty and takes the farthest key, is done by one thread.
+template <class T>
+__global__ void __launch_bounds__(cluster_threads) sort_by_cluster(const __grid_constant__ ClusterArguments<T> a) {
+    const index_t item = a.item(blockIdx.x), n = a.valid(item), count = min(a.clusters, n), thread = static_cast<index_t>(threadIdx.x);
+    index_t* const cluster = a.cluster + offset_t{item} * a.call.tokens;
+    index_t* const sizes = a.sizes + offset_t{item} * a.clusters;
+    index_t* const starts = a.starts + offset_t{item} * (a.clusters + 1);
+    for (index_t j = thread; j < count; j += cluster_threads) {
+        index_t size = 0;
+        for (index_t i = 0; i < n; ++i) size += cluster[i] == j;
+        sizes[j] = size;
+    }
+    __syncthreads();
+    if (thread == 0) {
+        double* const distances = a.distances + offset_t{item} * a.call.tokens;
+        for (index_t j = 0; j < count; ++j) {
+            if (sizes[j] > 0) continue;
+            index_t farthest = -1;
+            for (index_t i = 0; i < n; ++i)
+                if (sizes[cluster[i]] > 1 && (farthest < 0 || distances[i] > distances[farthest])) farthest = i;
+            --sizes[cluster[farthest]];
+            cluster[farthest] = j;
+            distances[farthest] = 0;
+            sizes[j] = 1;
+        }
+        starts[0] = 0;
+        for (index_t j = 0; j < count; ++j) starts[j + 1] = starts[j] + sizes[j];
+    }
+    __syncthreads();
+    index_t* const order = a.order + offset_t{item} * a.call.tokens;
+    for (index_t j = thread; j < count; j += cluster_threads) {
+        index_t at = starts[j];
+        for (index_t i = 0; i < n; ++i)
+            if (cluster[i] == j) order[at++] = i;
+    }
 }
 
 template <class T>
@@ -250,13 +387,26 @@ class DeviceCompression {
     static constexpr bool convolves = std::is_same_v<Compression, StridedConvolution>, projects = std::is_same_v<Compression, LinearProjection>;
     static constexpr bool learned = convolves || projects;
     static constexpr bool takes_means = segment_lengths<Compression> == 1;
-    static constexpr bool takes_maxima = max_length<Compression> > 0;
-    static_assert(learned || takes_means || takes_maxima,
-                  "polyattn::Attention: Cuda has the compressions SegmentMeans<L>, SegmentMax<L>, StridedConvolution and LinearProjection; KMeans and own ones need Simd<> or Reference");
+    static constexpr bool takes_maxima = max_length<Compression> > 0, clusters = std::is_same_v<Compression, KMeans>;
+    static_assert(learned || takes_means || takes_maxima || clusters,
+                  "polyattn::Attention: Cuda has the compressions SegmentMeans<L>, SegmentMax<L>, StridedConvolution, LinearProjection and KMeans; own ones need Simd<> or Reference");
 
 public:
-    /// For calls with so many tokens and at most so many heads. The carver may only count.
-    DeviceCompression([[maybe_unused]] Carver& carver, const Compression& compression, [[maybe_unused]] index_t tokens, [[maybe_unused]] offset_t items, [[maybe_unused]] bool backward, [[maybe_unused]] cudaStream_t stream) : compression_(&compression) {
+    /// For calls like that of the keys, and at most `heads` heads. The carver may only count.
+    DeviceCompression([[maybe_unused]] Carver& carver, const Compression& compression, const CompressionCall& keys, [[maybe_unused]] index_t heads, [[maybe_unused]] bool backward)
+        : compression_(&compression), key_heads_(keys.heads), tokens_(keys.tokens) {
+        [[maybe_unused]] const index_t tokens = tokens_;
+        [[maybe_unused]] const cudaStream_t stream = keys.stream;
+        if constexpr (clusters) {
+            const offset_t items = offset_t{keys.batch} * keys.heads;
+            entries_ = keys.landmarks;
+            cluster_ = carver.template take<index_t>(items * tokens);
+            order_ = carver.template take<index_t>(items * tokens);
+            sizes_ = carver.template take<index_t>(items * entries_);
+            starts_ = carver.template take<index_t>(items * (entries_ + 1));
+            sums_ = carver.template take<double>(items * entries_ * keys.columns);
+            distances_ = carver.template take<double>(items * tokens);
+        }
         if constexpr (convolves) {
             entries_ = compression.width;
             to_landmarks_ = put(carver, 1, entries_, [&](index_t, index_t t, std::size_t what) { return what * static_cast<std::size_t>(entries_) + static_cast<std::size_t>(t); }, stream);
@@ -268,11 +418,27 @@ public:
         }
         if (learned && backward) {
             // Many entries are work enough.
-            parts_ = entries_ >= 256 ? 1 : static_cast<index_t>(std::min<offset_t>(std::max<offset_t>(items, 1), 64));
+            parts_ = entries_ >= 256 ? 1 : static_cast<index_t>(std::clamp<offset_t>(offset_t{keys.batch} * heads, 1, 64));
             sums_ = carver.template take<double>(offset_t{2} * parts_ * entries_);
         }
     }
 
+    /// What compress() needs to know of the keys; once a pass.
+    void look_at_keys([[maybe_unused]] const CompressionCall& call, [[maybe_unused]] const Rows<T>& keys) const {
+        if constexpr (clusters) {
+            if (entries_ == 0) return;
+            ClusterArguments<T> arguments{keys, call, entries_, 0, cluster_, order_, sizes_, starts_, sums_, distances_};
+            const unsigned by_centroid = blocks_for(entries_, cluster_threads / 32), by_key = blocks_for(call.tokens, cluster_threads);
+            for_each_grid(0, call.batch * call.heads, [&](index_t item, unsigned count) {
+                arguments.first_item = item;
+                for (index_t iteration = 0; iteration <= compression_->iterations; ++iteration) {
+                    launch("find_centroids", find_centroids<T>, dim3(by_centroid, count), cluster_threads, 0, call.stream, arguments, iteration == 0);
+                    launch("find_nearest", find_nearest<T>, dim3(by_key, count), cluster_threads, 0, call.stream, arguments);
+                    launch("sort_by_cluster", sort_by_cluster<T>, dim3(count), cluster_threads, 0, call.stream, arguments);
+                }
+            });
+        }
+    }
     /// Landmarks of x, [items][landmarks][columns].
     void compress(const CompressionCall& call, Compressed what, const Rows<T>& x, T* to) const {
         const Finish<T> finish = packed_finish(to, call.landmarks, call.columns, call.heads);
@@ -322,6 +488,7 @@ private:
     auto form([[maybe_unused]] Compressed what) const {
         if constexpr (takes_means) return MeanForm<T>{Compression::lengths[0]};
         else if constexpr (takes_maxima) return MaxForm<T>{max_length<Compression>};
+        else if constexpr (clusters) return ClusterForm<T>{cluster_, order_, starts_, tokens_, entries_, key_heads_};
         else if constexpr (!learned) return MeanForm<T>{1};  // of what is refused above
         else return ConvolutionForm<T>{compression_->stride, compression_->width, to_landmarks_ + (what == Compressed::keys ? 0 : padded<T>(entries_))};
     }
@@ -337,9 +504,10 @@ private:
     }
 
     const Compression* compression_;
-    index_t entries_ = 0, parts_ = 1;
+    index_t key_heads_, tokens_, entries_ = 0, parts_ = 1;  // entries of a half of the table, or clusters
     T *to_landmarks_ = nullptr, *to_tokens_ = nullptr;
-    double* sums_ = nullptr;
+    double *sums_ = nullptr, *distances_ = nullptr;         // of the table's gradient, or centroids
+    index_t *cluster_ = nullptr, *order_ = nullptr, *sizes_ = nullptr, *starts_ = nullptr;
 };
 
 }  // namespace detail::cuda

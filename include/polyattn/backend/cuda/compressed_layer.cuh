@@ -28,7 +28,10 @@ struct CompressedCall {
     CompressionCall of_keys() const { return {op.batch, op.key_heads, tokens, op.keys, key_columns, lengths, op.stream}; }
     /// Values of the first hop are those of key heads, later ones differ from query head to query head.
     CompressionCall of_values(bool by_key_heads) const { return {op.batch, by_key_heads ? op.key_heads : op.heads, tokens, op.keys, op.columns, lengths, op.stream}; }
-    void compress_keys() const { compression.compress(of_keys(), Compressed::keys, keys, key_landmarks); }
+    void compress_keys() const {
+        compression.look_at_keys(of_keys(), keys);
+        compression.compress(of_keys(), Compressed::keys, keys, key_landmarks);
+    }
     /// The landmarks of a hop's values: of V, or of z, [items][tokens][columns].
     Rows<T> compress_values(const T* z) const {
         Rows<T> from = values;
@@ -237,8 +240,10 @@ private:
         const Rows<T> key_rows{key_landmarks, k.heads() * of_head, of_head, key_columns, heads, group};
         const OperatorCall<T> op{as_rows(q, heads, carver, options.stream), key_rows, q.batch(), heads, k.heads(), q.tokens(), landmarks, q.dim(), columns, put(of_operator.query_lengths, q.tokens()),
                                  put(of_operator.key_lengths, landmarks), detail::DropoutMask(options.dropout, options.draw, 0), options.stream};
-        return CompressedCall<T, Compression>{op, as_rows(k, k.heads(), carver, options.stream), as_rows(v, heads, carver, options.stream), put(options.key_lengths, k.tokens()), k.tokens(), key_columns,
-                                              key_landmarks, value_landmarks, DeviceCompression<T, Compression>(carver, compression_, k.tokens(), items, backward, options.stream)};
+        const Lengths lengths = put(options.key_lengths, k.tokens());
+        const CompressionCall of_keys{k.batch(), k.heads(), k.tokens(), landmarks, key_columns, lengths, options.stream};
+        return CompressedCall<T, Compression>{op, as_rows(k, k.heads(), carver, options.stream), as_rows(v, heads, carver, options.stream), lengths, k.tokens(), key_columns,
+                                              key_landmarks, value_landmarks, DeviceCompression<T, Compression>(carver, compression_, of_keys, heads, backward)};
     }
 
     /// Z_0 = start V enters only through the first hop, which takes the factor.

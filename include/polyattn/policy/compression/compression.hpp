@@ -278,8 +278,9 @@ struct KMeans {
             std::fill(bound.centroids.begin(), bound.centroids.end(), 0);
             for (index_t i = 0; i < keys.rows; ++i) {
                 const auto j = static_cast<std::size_t>(bound.cluster[static_cast<std::size_t>(i)]);
-                for (index_t c = 0; c < keys.cols; ++c) bound.centroids[j * dim + static_cast<std::size_t>(c)] += double(keys(i, c)) / bound.sizes[j];
+                for (index_t c = 0; c < keys.cols; ++c) bound.centroids[j * dim + static_cast<std::size_t>(c)] += double(keys(i, c));
             }
+            for (std::size_t at = 0; at < bound.centroids.size(); ++at) bound.centroids[at] /= bound.sizes[at / dim];
         }
         return bound;
     }
