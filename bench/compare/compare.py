@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""polyattn beside PyTorch, onnxruntime, FlexAttention, torch.sparse and DGL: the same inputs, one run, one thread and then two.
+"""polyattn beside PyTorch (SDPA, FlexAttention, torch.sparse, einsum), onnxruntime and DGL: the same inputs, one run, one thread and then two.
 
 python3 bench/compare/compare.py BUILD [--n 4096] [--venv FOLDER]
 
@@ -123,10 +123,41 @@ def compare(program, n, threads):
     except Exception as problem:
         print(f"DGL: {problem}")
 
+    for tokens in (n, 4 * n):
+        linear_attention(torch, program, tokens, threads)
 
     # A training step of a decoder: 256 columns, 4 heads, 4 layers, AdamW.
     for tokens, batch in ((1024, 2), (4096, 1)):
         decoder(torch, program, folder, tokens, batch, threads)
+
+
+def linear_attention(torch, program, n, threads):
+    """ReLU features, no pair formed: two products and a division."""
+    import numpy
+
+    folder = tempfile.mkdtemp()
+    generator = numpy.random.default_rng(2)
+    arrays = {name: generator.standard_normal((n, 64), dtype=numpy.float32) for name in ("q", "k", "v", "d_out")}
+    for name, array in arrays.items():
+        array.tofile(f"{folder}/{name}")
+    mine = ours(program, folder, "linear", n, 0, threads)
+    leaves = [torch.from_numpy(arrays[name]).requires_grad_() for name in ("q", "k", "v")]
+    d_out = torch.from_numpy(arrays["d_out"])
+
+    def forward():
+        q, k = torch.relu(leaves[0]), torch.relu(leaves[1])
+        state = torch.einsum("nd,ne->de", k, leaves[2])
+        return torch.einsum("nd,de->ne", q, state) / (torch.einsum("nd,d->n", q, k.sum(0)) + 1e-6)[:, None]
+
+    def step():
+        for leaf in leaves:
+            leaf.grad = None
+        forward().backward(d_out)
+
+    with torch.no_grad():
+        got = numpy.fromfile(f"{folder}/out", dtype=numpy.float32).reshape(n, 64)
+        row(f"linear, ReLU, n = {n}, forward", "PyTorch einsum", median_seconds(forward), mine[0], 1.25 if n < 16384 else 1.5, float(numpy.abs(got - forward().numpy()).max()))
+    row(f"linear, n = {n}, forward + backward", "PyTorch einsum", median_seconds(step), mine[1], 3)
 
 
 def read_safetensors(path):
@@ -274,7 +305,7 @@ def alone(program, n):
         print(f"\nn = {n}, d = 64, one head, fp32, {threads} threads: forward, forward + backward")
         for windows in (1, 4):
             print(f"decoder step, SSA-L{windows:<9} {ours(program, folder, 'decoder', n, windows, threads)[1] * 1e3:10.2f} ms")
-        for case, window in (("dense", 0), ("causal", 0), ("window", 128), ("window", 512), ("pattern", 0), ("diffuser", 0)):
+        for case, window in (("dense", 0), ("causal", 0), ("window", 128), ("window", 512), ("pattern", 0), ("diffuser", 0), ("linear", 0)):
             forward, both, _ = ours(program, folder, case, n, window, threads)
             print(f"{case + (f' {window}' if window else ''):20} {forward * 1e3:10.2f} ms {both * 1e3:10.2f} ms")
 

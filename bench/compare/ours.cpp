@@ -82,6 +82,7 @@ int main(int count, char** arguments) {
     else if (name == "window") run(Attention{SlidingWindow{.window = window}}, n);
     else if (name == "pattern") run(Attention{pattern}, n);
     else if (name == "diffuser") run(Attention{pattern, PPR<5>{}}, n);
+    else if (name == "linear") run(Attention<Kernel<ReLU>>{}, n);
     else if (name == "decoder") decoder(n, window);
     else if (name == "pairs") {
         std::vector<std::int64_t> starts = {0}, keys;
