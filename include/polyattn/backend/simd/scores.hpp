@@ -21,6 +21,47 @@ inline constexpr T masked_score = std::numeric_limits<T>::lowest();
 template <class T>
 inline constexpr T no_reference = std::numeric_limits<T>::lowest() / 2;
 
+/// x[e] = pow2(x[e] - shift) in place; returns the sum.
+template <class T, class A>
+T exp2_in_place(std::span<T> x, T shift) {
+    using V = Vec<T, A>;
+    constexpr std::size_t width = V::size;
+    V sum(T(0));
+    std::size_t e = 0;
+    for (; e + width <= x.size(); e += width) {
+        const V weight = pow2(V::load_unaligned(&x[e]) - V(shift));
+        weight.store_unaligned(&x[e]);
+        sum = sum + weight;
+    }
+    if (e < x.size()) {
+        alignas(64) T rest[width];
+        std::fill_n(rest, width, masked_score<T>);
+        std::copy(x.begin() + static_cast<std::ptrdiff_t>(e), x.end(), rest);
+        const V weight = pow2(V::load_aligned(rest) - V(shift));
+        weight.store_aligned(rest);
+        std::copy_n(rest, x.size() - e, x.begin() + static_cast<std::ptrdiff_t>(e));
+        sum = sum + weight;
+    }
+    return lane_sum(sum);
+}
+
+/// The highest of x and `least`.
+template <class T, class A>
+T highest_of(std::span<const T> x, T least) {
+    using V = Vec<T, A>;
+    constexpr std::size_t width = V::size;
+    std::size_t e = 0;
+    if (x.size() >= width) {
+        V highest(least);
+        for (; e + width <= x.size(); e += width) highest = xsimd::max(V::load_unaligned(&x[e]), highest);
+        alignas(64) T lane[width];
+        highest.store_aligned(lane);
+        for (const T value : lane) least = std::max(least, value);
+    }
+    for (; e < x.size(); ++e) least = std::max(least, x[e]);
+    return least;
+}
+
 /// True for +0 by its bits: NaN == 0 may hold under -ffast-math.
 inline bool is_zero(float x) { return std::bit_cast<std::uint32_t>(x) == 0; }
 inline bool is_zero(double x) { return std::bit_cast<std::uint64_t>(x) == 0; }
