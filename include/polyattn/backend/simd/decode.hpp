@@ -55,7 +55,7 @@ POLYATTN_ALWAYS_INLINE void key_dots(const T* queries, index_t heads, index_t di
             for (index_t c = 0; c < dim; c += width) {
                 const V query[2] = {in_register<T, A>(V::load_aligned(queries + m * dim + c)), in_register<T, A>(V::load_aligned(queries + (m + 1) * dim + c))};
                 expand<half>([&]<int... L>(Ints<L...>) POLYATTN_INLINE_LAMBDA {
-                    ([&] POLYATTN_INLINE_LAMBDA {
+                    ([&]() POLYATTN_INLINE_LAMBDA {
                         const V key = in_register<T, A>(V::load_unaligned(row(std::integral_constant<int, part * half + L>{}) + c));
                         product[L] = multiply_add(query[0], key, product[L]);
                         product[L + half] = multiply_add(query[1], key, product[L + half]);
