@@ -2,6 +2,7 @@
 // The bodies of DeviceLayer, and POLYATTN_INSTANTIATE(T, Bias, Score, Pattern, Compression).
 
 #include "device_layer.hpp"
+#include "transfer.cuh"
 
 #include <polyattn/polyattn_cuda.cuh>
 
@@ -15,16 +16,6 @@ struct DeviceSaved {
 
 namespace {
 
-template <class T>
-CudaTensor<T> to_device(const TensorView<const T>& view) {
-    return {view.data, std::vector<offset_t>(view.extents.begin() + (4 - view.rank), view.extents.end())};
-}
-template <class T>
-Tensor<T> to_host(const CudaTensor<T>& tensor) {
-    Tensor<T> out(tensor.shape());
-    tensor.copy_to(out.data());
-    return out;
-}
 CudaOptions on_device(const CallOptions& options) {
     CudaOptions device;
     static_cast<CallOptions&>(device) = options;

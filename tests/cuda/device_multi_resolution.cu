@@ -1,4 +1,5 @@
 #include "device_multi_resolution.hpp"
+#include "transfer.cuh"
 
 #include "support/errors.hpp"
 #include "support/random.hpp"
@@ -12,16 +13,6 @@ using namespace polyattn;
 
 namespace {
 
-template <class T>
-CudaTensor<T> to_device(const Tensor<T>& tensor) {
-    return {tensor.data(), tensor.shape};
-}
-template <class T>
-Tensor<T> to_host(const CudaTensor<T>& tensor) {
-    Tensor<T> out(tensor.shape());
-    tensor.copy_to(out.data());
-    return out;
-}
 template <class T>
 void check_same(const Parameters<T>& a, const Parameters<T>& b) {
     REQUIRE(a.size() == b.size());

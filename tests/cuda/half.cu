@@ -9,6 +9,7 @@
 // and a little more for products of roundings. logsumexp is a float: delta + (keys + 8) u' + 8 u' (|logsumexp| + 14), the reference being up to 14 below
 // the largest score.
 #include "support/cases.hpp"
+#include "transfer.cuh"
 
 #include <polyattn/backend/reference/attention.hpp>
 #include <polyattn/policy/bias/bias.hpp>
@@ -39,16 +40,6 @@ Tensor<double> widened(const Tensor<T>& from) {
     Tensor<double> to(from.shape);
     for (std::size_t i = 0; i < to.values.size(); ++i) to.values[i] = static_cast<float>(from.values[i]);
     return to;
-}
-template <class T>
-CudaTensor<T> to_device(const Tensor<T>& tensor) {
-    return {tensor.data(), tensor.shape};
-}
-template <class T>
-Tensor<T> to_host(const CudaTensor<T>& tensor) {
-    Tensor<T> out(tensor.shape());
-    tensor.copy_to(out.data());
-    return out;
 }
 template <class T>
 std::uint16_t bits_of(const T& value) {
