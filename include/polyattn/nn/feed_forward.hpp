@@ -1,38 +1,10 @@
 #pragma once
 
-#include <polyattn/backend/simd/exp2.hpp>
+#include <polyattn/nn/gelu.hpp>
 #include <polyattn/nn/linear.hpp>
 #include <polyattn/nn/pass.hpp>
 
-#include <numbers>
-
 POLYATTN_BEGIN_NAMESPACE
-
-namespace detail {
-
-template <class V>
-V normal_probability(V x) {
-    using T = typename V::value_type;
-    return V(T(.5)) * (V(T(1)) + xsimd::erf(x * V(static_cast<T>(std::numbers::sqrt2 / 2))));
-}
-/// x P(z < x), z standard normal. Source: Hendrycks and Gimpel, "Gaussian error linear units" (2016), the exact form.
-template <class T>
-void gelu(const T* x, index_t count, T* y) {
-    using V = simd::Vec<T, xsimd::default_arch>;
-    simd::map_row<T, xsimd::default_arch>(x, y, count, [](V value, V) { return value * normal_probability(value); });
-}
-/// d_y *= gelu'(x).
-template <class T>
-void multiply_gelu_slope(const T* x, index_t count, T* d_y) {
-    using A = xsimd::default_arch;
-    using V = simd::Vec<T, A>;
-    simd::map_row<T, A>(x, d_y, count, [](V value, V gradient) {
-        const V density = simd::pow2<T, A>(value * value * V(static_cast<T>(-.5 * std::numbers::log2e))) * V(static_cast<T>(std::numbers::inv_sqrtpi / std::numbers::sqrt2));
-        return gradient * simd::multiply_add(value, density, normal_probability(value));
-    });
-}
-
-}  // namespace detail
 
 namespace nn {
 

@@ -55,7 +55,7 @@ public:
         if (!norm.empty()) {
             detail::reshape(saved.d_embedded, saved.embedded.shape);
             const MatrixView<T> d_embedded = detail::rows_of(saved.d_embedded);
-            norm[0].backward(detail::rows_of(std::as_const(saved.embedded)), d_in, saved.norm, d_embedded, false);
+            norm[0].backward(detail::rows_of(std::as_const(saved.embedded)), d_in, saved.norm, d_embedded);
             d_in = d_embedded;
         }
         embedding.backward(saved.tokens, d_in);

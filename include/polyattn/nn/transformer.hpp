@@ -113,21 +113,16 @@ public:
         const auto add = [](MatrixView<const T> from, MatrixView<T> to) {
             detail::parallel_rows(to.rows, [&](index_t i) { detail::simd::add_scaled<T, xsimd::default_arch>(T(1), from.row(i), to.cols, to.row(i)); });
         };
-        const auto copy = [](MatrixView<const T> from, MatrixView<T> to) {
-            detail::parallel_rows(to.rows, [&](index_t i) { std::copy_n(from.row(i), to.cols, to.row(i)); });
-        };
         if (pre_norm_) {
             feed_forward.backward(fed, d_y, d_branch, saved.feed_forward, *pass.workspace);
-            copy(d_y, d_middle);
-            feed_forward_norm.backward(middle, d_branch, saved.feed_forward_norm, d_middle, true);
+            feed_forward_norm.backward(middle, d_branch, saved.feed_forward_norm, d_middle, d_y);
             attention.backward(attended, d_middle, d_branch, batch, saved.attention, *pass.workspace);
-            copy(d_middle, d_x);
-            attention_norm.backward(x, d_branch, saved.attention_norm, d_x, true);
+            attention_norm.backward(x, d_branch, saved.attention_norm, d_x, d_middle);
         } else {
-            feed_forward_norm.backward(fed, d_y, saved.feed_forward_norm, d_middle, false);
+            feed_forward_norm.backward(fed, d_y, saved.feed_forward_norm, d_middle);
             feed_forward.backward(middle, d_middle, d_branch, saved.feed_forward, *pass.workspace);
             add(d_branch, d_middle);
-            attention_norm.backward(attended, d_middle, saved.attention_norm, d_x, false);
+            attention_norm.backward(attended, d_middle, saved.attention_norm, d_x);
             attention.backward(x, d_x, d_branch, batch, saved.attention, *pass.workspace);
             add(d_branch, d_x);
         }
@@ -198,7 +193,7 @@ public:
         int turn = 0;
         MatrixView<const T> d = d_out;
         if (pre_norm_) {
-            last_norm.backward(detail::rows_of(std::as_const(saved.inputs.back())), d_out, saved.last_norm, detail::rows_of(saved.d_x[0]), false);
+            last_norm.backward(detail::rows_of(std::as_const(saved.inputs.back())), d_out, saved.last_norm, detail::rows_of(saved.d_x[0]));
             d = detail::rows_of(saved.d_x[0]);
             turn = 1;
         }
