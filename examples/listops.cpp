@@ -128,7 +128,7 @@ struct Settings : Training {
     void choose(const std::string& name) {
         setting = name;
         if (name == "tiny") steps = 2, test = 64, listops = {2, 3, 4, 16}, paths = {8, 2, 5}, batch = 8;
-        else if (name == "full") steps = 4000, seeds = 3, test = 20000, listops = {4, 5, 16, 128}, paths = {16, 4, 14};
+        else if (name == "full") steps = 3000, seeds = 3, test = 20000, batch = 32, listops = {4, 8, 48, 128}, paths = {16, 4, 14};
         else if (name != "quick") throw std::runtime_error("--setting must be tiny, quick or full");
     }
     Task make_task() const {
