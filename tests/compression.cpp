@@ -310,6 +310,29 @@ TEST_CASE_TEMPLATE("gradients by finite differences", Backend, Simd<>, Reference
     }
 }
 
+TEST_CASE("gradients of a projection into memory of any strides") {
+    POLYATTN_RANDOM(random);
+    const index_t n = 70, d = 5;
+    const Attention<LinearProjection> layer{LinearProjection::drawn(n, 6, random.seed())};
+    const auto x = random.tensor<float>({2, n, d}), d_out = random.tensor<float>({2, n, d});
+    const auto saved = layer.forward(x.view(), x.view(), x.view()).saved;
+    const auto plain = layer.backward(saved, d_out.view());
+    Tensor<float> memory[3];
+    const auto transposed = [&](Tensor<float>& tensor) {
+        tensor = Tensor<float>({2, d, n});
+        return TensorView<float>{tensor.data(), {1, 2, n, d}, {2 * n * d, n * d, 1, n}, 3};
+    };
+    Gradients<TensorView<float>> strided{transposed(memory[0]), transposed(memory[1]), transposed(memory[2]), {}, {}};
+    layer.backward_into(strided, saved, d_out.view());
+    CHECK(strided.compression == plain.compression);
+    for (index_t h = 0; h < 2; ++h)
+        for (index_t i = 0; i < n; ++i)
+            for (index_t c = 0; c < d; ++c) {
+                CHECK(strided.k.head(0, h)(i, c) == plain.k.view().head(0, h)(i, c));
+                CHECK(strided.v.head(0, h)(i, c) == plain.v.view().head(0, h)(i, c));
+            }
+}
+
 TEST_CASE("gradients through clusters, which stay as they are") {
     // Far apart, so that no difference moves a key to another cluster.
     POLYATTN_RANDOM(random);

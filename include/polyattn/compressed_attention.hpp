@@ -24,6 +24,7 @@ class CompressedSaved : detail::MoveOnly {
 template <class Compression, class Diffusion, class Inner>
 class CompressedLayer<Compression, Diffusion, Inner> {
     static constexpr bool reference = Inner::is_reference;
+    static constexpr bool projects = !reference && std::is_same_v<Compression, LinearProjection>;
     template <class Q, class K, class V>
     using common_element = typename Inner::template common_element<Q, K, V>;
 
@@ -112,6 +113,8 @@ public:
         for (const TensorView<T>& view : {vq, vk, vv}) detail::fill_with_zeros(view);
         gradients.bias.clear();
         gradients.compression.assign(table_size(), 0.);
+        Workspace own_workspace;
+        Workspace& workspace = options.workspace ? *options.workspace : own_workspace;
 
         const CallOptions& given = saved.options_;
         const index_t batch = q.batch(), heads = q.heads(), n = q.tokens(), e = v.dim(), used = used_heads(heads, k.heads());
@@ -136,21 +139,21 @@ public:
                     for (index_t c = 0; c < e; ++c) own(i, c) *= static_cast<T>(hop.walk);
                 }
             });
-            auto inner = inner_.backward(saved.inner_[step], std::as_const(g).view(), {.workspace = options.workspace});
+            auto inner = inner_.backward(saved.inner_[step], std::as_const(g).view(), {.workspace = &workspace});
             add(inner.q, vq);
             for (std::size_t at = 0; at < d_keys.values.size(); ++at) d_keys.values[at] += inner.k.values[at];
             if (step == 0) {
-                adjoint(saved, k, v, Compressed::values, inner.v, vv, static_cast<T>(recursion_.start), gradients.compression, used);
+                adjoint(saved, k, v, Compressed::values, inner.v, vv, static_cast<T>(recursion_.start), gradients.compression, used, workspace);
                 break;
             }
             std::fill(g.values.begin(), g.values.end(), T(0));
-            adjoint(saved, k, std::as_const(saved.z_[step - 1]).view(), Compressed::values, inner.v, g.view(), T(1), gradients.compression, used);
+            adjoint(saved, k, std::as_const(saved.z_[step - 1]).view(), Compressed::values, inner.v, g.view(), T(1), gradients.compression, used, workspace);
         }
         if (hops == 0)
             for_each_key_head(batch, k.heads(), heads, [&](index_t b, index_t h, index_t kh) {
                 for (index_t i = 0; i < n; ++i) detail::add_row_to<T>(g.view().head(b, h), i, static_cast<T>(recursion_.start), vv.head(b, kh), i);
             });
-        else adjoint(saved, k, k, Compressed::keys, d_keys, vk, T(1), gradients.compression, used);
+        else adjoint(saved, k, k, Compressed::keys, d_keys, vk, T(1), gradients.compression, used, workspace);
     }
 
     /// Does all the checks of operator(). Throws invalid_input.
@@ -228,6 +231,17 @@ private:
         const index_t rows = compression_.landmarks(keys.tokens());
         to = Tensor<T>({keys.batch(), heads, rows, x.dim()});
         const TensorView<T> view = to.view();
+        if constexpr (projects) {
+            Workspace own;
+            const detail::simd::Projection<T, typename Inner::Arch> projection(compression_, what);
+            for (index_t b = 0; b < keys.batch(); ++b)
+                for (index_t h = 0; h < heads; ++h) {
+                    const index_t valid = valid_keys(options, b, keys.tokens());
+                    projection.compress(detail::row_range(x.head(b, h / (heads / x.heads())), 0, valid), detail::row_range(view.head(b, h), 0, compression_.landmarks(valid)),
+                                        options.workspace ? *options.workspace : own);
+                }
+            return;
+        }
         for_each_head(keys.batch(), heads, [&](index_t b, index_t h) {
             const index_t valid = valid_keys(options, b, keys.tokens());
             const auto& bound = detail::bind_compression(compression_, detail::row_range(keys.head(b, h / (heads / keys.heads())), 0, valid));
@@ -240,10 +254,21 @@ private:
     /// to += factor * adjoint of d_rows; x is what was compressed.
     template <class T>
     void adjoint(const CompressedSaved<T>& saved, const TensorView<const T>& keys, const TensorView<const T>& x, Compressed what, Tensor<T>& d_rows, const TensorView<T>& to, T factor,
-                 std::vector<double>& d_table, index_t heads) const {
+                 std::vector<double>& d_table, index_t heads, Workspace& workspace) const {
         if (factor != 1)
             for (T& entry : d_rows.values) entry *= factor;
         const TensorView<const T> d_view = std::as_const(d_rows).view();
+        const index_t group = heads / to.heads();
+        if constexpr (projects) {
+            detail::simd::Projection<T, typename Inner::Arch> projection(compression_, what);
+            for (index_t b = 0; b < keys.batch(); ++b)
+                for (index_t h = 0; h < heads; ++h) {
+                    const index_t valid = valid_keys(saved.options_, b, keys.tokens());
+                    projection.adjoint(detail::row_range(x.head(b, h / (heads / x.heads())), 0, valid), detail::row_range(d_view.head(b, h), 0, compression_.landmarks(valid)),
+                                       detail::row_range(to.head(b, h / group), 0, valid), workspace);
+                }
+            return projection.add_gradient(d_table);
+        }
         // Runs of heads add to sums of their own, and these are added in order: the order never depends on threads.
         const offset_t items = offset_t{keys.batch()} * to.heads(), runs = d_table.empty() ? items : std::min<offset_t>(items, 16);
         std::vector<double> parts(static_cast<std::size_t>(runs) * d_table.size(), 0.);
@@ -254,7 +279,6 @@ private:
             if constexpr (reference) bound.compress_adjoint(from, what, d, to.head(b, target), own);
             else detail::simd::compress_adjoint<typename Inner::Arch>(bound, from, what, d, to.head(b, target), own);
         };
-        const index_t group = heads / to.heads();
         parallel_for(runs, [&](offset_t run, int) {
             const std::span<double> own = std::span(parts).subspan(static_cast<std::size_t>(run) * d_table.size(), d_table.size());
             for (offset_t item = items * run / runs; item < items * (run + 1) / runs; ++item)

@@ -187,7 +187,7 @@ struct LinearProjection {
             }
     }
 
-private:
+    /// Where the weight of token i in landmark j stands in the table.
     std::size_t at(Compressed what, index_t j, index_t i) const {
         return (static_cast<std::size_t>(what == Compressed::keys ? 0 : rows) + static_cast<std::size_t>(j)) * static_cast<std::size_t>(tokens) + static_cast<std::size_t>(i);
     }
