@@ -244,7 +244,7 @@ public:
             resize(state.sums_, offset_t{batch} * heads * step.size());
         });
         state.workspace_.reserve(std::max<std::size_t>(counter.used(), 1));
-        if (state.sums_.size() > 0) detail::cuda::check_cuda(cudaMemsetAsync(state.sums_.data(), 0, static_cast<std::size_t>(state.sums_.size()) * sizeof(T), stream), "cudaMemsetAsync");
+        detail::cuda::fill_zeros(state.sums_.data(), state.sums_.size(), stream);
         return state;
     }
     /// The next token of every sequence: q [.., heads, 1, d], k [.., key heads, 1, d], v [.., key heads, 1, e] -> [.., heads, 1, e], what the causal layer
@@ -488,8 +488,7 @@ private:
             if (carver.counts()) return;
             d_bias.assign(static_cast<std::size_t>(entries), 0.);
             if (items == 0 || queries == 0 || hops == 0) {
-                for (const TensorView<T>& view : {d_q, d_k, d_v})
-                    if (view.size() > 0) check_cuda(cudaMemsetAsync(view.data, 0, static_cast<std::size_t>(view.size()) * sizeof(T), stream), "cudaMemsetAsync");
+                for (const TensorView<T>& view : {d_q, d_k, d_v}) fill_zeros(view.data, view.size(), stream);
                 if (hops == 0 && d_v.size() > 0) finish_without_hops(d, call.group(), d_v, false, call.query_lengths, stream);
                 return;
             }

@@ -330,12 +330,9 @@ private:
         inner_.template with_operator<T>(carver, op_call, q, k, runs, const_cast<T*>(saved.logsumexp_.data()), true, [&](const auto& op) {
             [[maybe_unused]] const auto scratch = op.take_gradient(carver);
             if (carver.counts()) return;
-            const auto fill_zeros = [&](T* to, offset_t count) {
-                if (count > 0) check_cuda(cudaMemsetAsync(to, 0, static_cast<std::size_t>(count) * sizeof(T), stream), "cudaMemsetAsync");
-            };
             d_table.assign(table_size(), 0.);
             if (items == 0 || queries == 0 || hops == 0) {
-                for (const TensorView<T>& view : {d_q, d_k, d_v}) fill_zeros(view.data, view.size());
+                for (const TensorView<T>& view : {d_q, d_k, d_v}) fill_zeros(view.data, view.size(), stream);
                 if (hops == 0 && d_v.size() > 0) finish_without_hops(d, op_call.group(), d_v, false, op_call);
                 return;
             }
@@ -347,8 +344,8 @@ private:
 
             call.compress_keys();
             op.prepare_backward();
-            fill_zeros(teleported, teleports ? items * of_item : 0);
-            fill_zeros(d_hop_keys, hop_numbers);  // what is behind the last column stays 0
+            fill_zeros(teleported, teleports ? items * of_item : 0, stream);
+            fill_zeros(d_hop_keys, hop_numbers, stream);  // what is behind the last column stays 0
             for (index_t hop = hops; hop-- > 0;) {
                 const bool last = hop == hops - 1;
                 const T* const z_before = hop == 0 ? nullptr : saved.hops_.data() + (hop - 1) * lines * columns;
@@ -369,7 +366,7 @@ private:
                 arguments.h_stride = of_item;
                 arguments.row_sums = row_sums;
                 arguments.d_v = teleports ? teleported : nullptr;
-                fill_zeros(row_sums, lines);  // of this hop alone
+                fill_zeros(row_sums, lines, stream);  // of this hop alone
                 apply_hop_gradient(arguments, items, stream);
                 const Rows<T> values = call.compress_values(z_before), h_rows = packed_rows<T>(h, heads, of_item, columns);
                 Finish<T> to_landmarks;

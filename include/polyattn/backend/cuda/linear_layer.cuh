@@ -58,6 +58,25 @@ void apply_linear(const LinearArguments<T>& a, cudaStream_t stream) {
     launch("linear_rows", linear_rows<T>, dim3(blocks_for(a.rows, S::side), blocks_for(a.out, S::side)), tile_threads, 2 * S::buffer * sizeof(T), stream, a);
 }
 
+/// y [rows][out] = x [rows][in] weight^T, or that onto y.
+template <class T>
+void apply_linear(const T* x, std::ptrdiff_t x_stride, const T* weight, index_t in, index_t rows, index_t out, T* y, std::ptrdiff_t y_stride, cudaStream_t stream, bool adds = false) {
+    LinearArguments<T> arguments{};
+    arguments.x = x;
+    arguments.weight = weight;
+    arguments.y = y;
+    arguments.rows = rows;
+    arguments.in = in;
+    arguments.out = out;
+    arguments.x_stride = x_stride;
+    arguments.y_stride = y_stride;
+    if (adds) {
+        arguments.residual = y;
+        arguments.residual_stride = y_stride;
+    }
+    apply_linear(arguments, stream);
+}
+
 /// The one of this name; throws invalid_input if there is none.
 template <class T>
 const Tensor<T>& find_parameter(const std::map<std::string, Tensor<T>>& parameters, const std::string& name) {

@@ -201,6 +201,10 @@ struct TokenSum {
     index_t columns, inner;  // padded: of values; of other
     index_t items, tokens;
     Lengths lengths;
+    /// Of contiguous rows.
+    static TokenSum of_rows(const T* values, index_t columns, const T* other, index_t inner, index_t rows) {
+        return {packed_rows<T>(values, 1, 0, columns), packed_rows<T>(other, 1, 0, inner), columns, inner, 1, rows, {nullptr, rows}};
+    }
     /// Numbers of scratch memory.
     offset_t states_size() const { return items * detail::cuda::states_size<T>(Sees::all, tokens, inner, columns); }
 };

@@ -3,73 +3,11 @@
 
 #include <polyattn/backend/cuda/attention_layer.cuh>
 #include <polyattn/backend/cuda/compress.cuh>
-#include <polyattn/backend/cuda/linear_layer.cuh>
-#include <polyattn/backend/cuda/routing.cuh>
+#include <polyattn/backend/cuda/multi_resolution_weights.cuh>
+#include <polyattn/backend/cuda/router_gradient.cuh>
 #include <polyattn/policy/router/multi_resolution.hpp>
 
 POLYATTN_BEGIN_NAMESPACE
-
-namespace detail::cuda {
-
-/// dL/dlogits of each row, of the gates and of the load-balance loss.
-template <class T>
-struct RouterGradientArguments {
-    RoutedRows rows;
-    const index_t *routes, *starts;
-    const T* probabilities;         // [rows][resolutions]
-    const T *context, *d_context;   // [rows][columns], context as its gate left it
-    index_t columns;
-    bool learns, gated;             // the gate has a gradient; context is multiplied with its probability
-    double balance;
-    T* d_logits;                    // [rows][logit_columns], zeros from `resolutions` on
-    index_t logit_columns;
-};
-
-/// One row a warp. With g the product of a row and its gradient, P_h* the probability of its resolution and f_h the share of rows at h:
-/// g P_h* (delta_hh* - P_h) + balance H / rows P_h (f_h - sum_j P_j f_j).
-template <class T>
-__global__ void __launch_bounds__(128) router_gradient(const __grid_constant__ RouterGradientArguments<T> a) {
-    const offset_t row = offset_t{blockIdx.x} * 4 + threadIdx.x / 32;
-    const auto lane = static_cast<index_t>(threadIdx.x % 32);
-    if (row >= a.rows.rows()) return;
-    const index_t route = a.routes[row], resolutions = a.rows.resolutions, batch = a.rows.batch;
-    const T* const p = a.probabilities + row * resolutions;
-    T through = 0;
-    if (a.learns && route >= 0) {
-        for (index_t c = lane; c < a.columns; c += 32) through += a.context[row * a.columns + c] * a.d_context[row * a.columns + c];
-#pragma unroll
-        for (int step = 16; step > 0; step /= 2) through += __shfl_xor_sync(~0u, through, step);
-        if (!a.gated) through *= p[route];
-    }
-    const double total = a.starts[resolutions * batch];
-    const auto share = [&](index_t h) { return (a.starts[(h + 1) * batch] - a.starts[h * batch]) / total; };
-    double mean = 0;
-    if (a.balance > 0 && route >= 0)
-        for (index_t h = 0; h < resolutions; ++h) mean += double(p[h]) * share(h);
-    for (index_t h = lane; h < a.logit_columns; h += 32) {
-        T d = 0;
-        if (route >= 0 && h < resolutions) {
-            d = through * ((h == route ? T(1) : T(0)) - p[h]);
-            if (a.balance > 0) d += static_cast<T>(a.balance * resolutions / total * double(p[h]) * (share(h) - mean));
-        }
-        a.d_logits[row * a.logit_columns + h] = d;
-    }
-}
-
-inline constexpr int probability_threads = 256;
-
-/// The sum of each resolution's probabilities, a block each; those of padding are 0.
-template <class T>
-__global__ void __launch_bounds__(probability_threads) sum_probabilities(const T* probabilities, index_t rows, index_t resolutions, double* sums) {
-    using Reduce = cub::BlockReduce<double, probability_threads>;
-    __shared__ typename Reduce::TempStorage storage;
-    double sum = 0;
-    for (auto row = static_cast<offset_t>(threadIdx.x); row < rows; row += probability_threads) sum += double(probabilities[row * resolutions + blockIdx.x]);
-    sum = Reduce(storage).Sum(sum);
-    if (threadIdx.x == 0) sums[blockIdx.x] = sum;
-}
-
-}  // namespace detail::cuda
 
 namespace nn {
 
@@ -85,10 +23,10 @@ class CudaAdaptiveMultiResolution<T, MultiResolution<SegmentMeans<L...>, Router,
     static constexpr std::array<index_t, sizeof...(L)> lengths = {L...};
     static constexpr index_t resolutions = sizeof...(L);
     static constexpr bool learned = detail::is_learned_router<Router>, all = std::is_same_v<Router, ConcatenateAll>, gated = std::is_same_v<Router, TopOne<Switch>>, kernel = detail::is_kernel<Score>;
-    static constexpr index_t logit_columns = detail::cuda::padded<T>(resolutions);
     using Inner = AttentionLayer<Dense, AllSources, NoDiffusion, Score, NoBias, Cuda>;
     using Carver = detail::cuda::Carver;
-    using Parameters = std::map<std::string, Tensor<T>>;
+    using Weights = detail::cuda::MultiResolutionWeights<T>;
+    using Parameters = typename Weights::Parameters;
 
 public:
     using Recipe = MultiResolution<SegmentMeans<L...>, Router, Score>;
@@ -96,32 +34,9 @@ public:
     /// `name` is that of the CPU's layer, in front of the parameters' own; `heads` its sub-heads. Throws invalid_input if a parameter is missing or has
     /// another shape, cuda_error.
     CudaAdaptiveMultiResolution(Recipe recipe, const Parameters& parameters, const std::string& name, index_t heads)
-        : inner_(std::tuple(recipe.score)), recipe_(std::move(recipe)), heads_(heads) {
+        : inner_(std::tuple(recipe.score)), recipe_(std::move(recipe)), weights_(parameters, name, resolutions, learned, blocks()), dim_(weights_.dim()), width_(weights_.width()), heads_(heads) {
         if constexpr (learned) recipe_.router.validate();
-        const Tensor<T>& query = detail::cuda::find_parameter(parameters, name + ".query");
-        detail::require(query.shape.size() == 2 && query.shape[0] == query.shape[1] && query.shape[0] >= 1, (name + ".query").c_str(), "[dim, dim]", detail::shape_text(query.shape));
-        dim_ = static_cast<index_t>(query.shape[0]);
-        width_ = detail::cuda::padded<T>(dim_);
         detail::require(heads >= 1 && dim_ % heads == 0, "heads", [&] { return detail::text("a number that divides dim, ", dim_); }, heads);
-        for (const char* what : {".query", ".key", ".value"}) add_matrix(name + what, dim_, 1);
-        for (index_t h = 0; h < resolutions; ++h)
-            for (const char* what : {".query", ".key", ".value"}) add_matrix(detail::text(name, ".resolution", h, what), dim_, 1);
-        if constexpr (learned) add_matrix(name + ".router", resolutions, 1);
-        add_matrix(name + ".merge.weight", dim_, blocks());
-        bias_name_ = name + ".merge.bias";
-        // Behind what has gradients: the bias, then what is made of the weights.
-        bias_ = take(width_);
-        learned_size_ = size_;
-        const offset_t square = offset_t{width_} * width_;
-        for (std::size_t which = 0; which < 3; ++which) transposed_[which] = take(square);
-        transposed_merge_ = take(square * blocks());
-        for (Folded& folded : folded_) folded = {take(square), take(square), take(2 * square), take(2 * square)};
-        if constexpr (learned) {
-            folded_router_ = take(offset_t{logit_columns} * width_);
-            transposed_router_ = take(offset_t{logit_columns} * width_);
-        }
-        values_ = CudaTensor<T>(std::vector<offset_t>{size_});
-        gradients_ = CudaTensor<T>(std::vector<offset_t>{learned_size_});
         upload(parameters);
         zero_gradients();
         detail::cuda::check_cuda(cudaStreamSynchronize(nullptr), "cudaStreamSynchronize");
@@ -131,29 +46,7 @@ public:
     index_t heads() const { return heads_; }
 
     /// Other values of the same parameters. Throws invalid_input.
-    void upload(const Parameters& parameters, cudaStream_t stream = nullptr) {
-        std::vector<T> host(static_cast<std::size_t>(size_), T(0));
-        for (const Matrix& matrix : matrices_) {
-            const Tensor<T>& from = find(parameters, matrix.name, {matrix.rows, matrix.blocks * dim_});
-            for_each_entry(matrix, [&](std::size_t at, std::size_t entry) { host[at] = from.values[entry]; });
-        }
-        const Tensor<T>& bias = find(parameters, bias_name_, {dim_});
-        std::copy(bias.values.begin(), bias.values.end(), host.begin() + bias_);
-        const auto transpose = [&](const Matrix& matrix, offset_t to) {
-            const auto columns = static_cast<std::size_t>(matrix.blocks * width_), rows = static_cast<std::size_t>(width_);
-            for (std::size_t r = 0; r < rows; ++r)
-                for (std::size_t c = 0; c < columns; ++c) host[static_cast<std::size_t>(to) + c * rows + r] = host[static_cast<std::size_t>(matrix.at) + r * columns + c];
-        };
-        for (std::size_t which = 0; which < 3; ++which) transpose(matrices_[which], transposed_[which]);
-        transpose(matrices_.back(), transposed_merge_);
-        detail::cuda::check_cuda(cudaMemcpyAsync(values_.data(), host.data(), host.size() * sizeof(T), cudaMemcpyHostToDevice, stream), "cudaMemcpyAsync of parameters");
-        for (index_t h = 0; h < resolutions; ++h) fold(h, stream);
-        if constexpr (learned) {
-            const T* const router = value(router_matrix());
-            linear(router, width_, transposed(0), width_, logit_columns, width_, at(folded_router_), width_, stream);
-            linear(transposed(0), width_, router, width_, width_, logit_columns, at(transposed_router_), logit_columns, stream);
-        }
-    }
+    void upload(const Parameters& parameters, cudaStream_t stream = nullptr) { weights_.upload(parameters, stream); }
 
     /// What backward needs of a forward pass. Borrows x, which must stay as it is until the last backward(). Handed to one forward pass after the other, it
     /// allocates nothing once it has met the largest.
@@ -236,21 +129,8 @@ public:
     }
 
     /// Gradients of all parameters, by name and in their shapes, brought to the host: waits for the stream.
-    Parameters gradients(cudaStream_t stream = nullptr) const {
-        std::vector<T> host(static_cast<std::size_t>(learned_size_));
-        gradients_.copy_to(host.data(), stream);
-        Parameters made;
-        for (const Matrix& matrix : matrices_) {
-            Tensor<T> to({matrix.rows, offset_t{matrix.blocks} * dim_});
-            for_each_entry(matrix, [&](std::size_t at, std::size_t entry) { to.values[entry] = host[at]; });
-            made.emplace(matrix.name, std::move(to));
-        }
-        Tensor<T> bias({dim_});
-        std::copy_n(host.begin() + bias_, dim_, bias.values.begin());
-        made.emplace(bias_name_, std::move(bias));
-        return made;
-    }
-    void zero_gradients(cudaStream_t stream = nullptr) { fill_zeros(gradients_.data(), learned_size_, stream); }
+    Parameters gradients(cudaStream_t stream = nullptr) const { return weights_.gradients(stream); }
+    void zero_gradients(cudaStream_t stream = nullptr) { weights_.zero_gradients(stream); }
 
     /// Bytes of workspace that the same call of forward() takes, wherever the rows go. Throws invalid_input.
     std::size_t workspace_bytes(const TensorView<const T>& x, index_t batch, const CudaOptions& options = {}) const {
@@ -268,16 +148,6 @@ public:
     }
 
 private:
-    /// A weight [rows][blocks x dim] with rows of `width` columns a block, zeros behind; behind its rows there are zeros too.
-    struct Matrix {
-        std::string name;
-        index_t rows, blocks;
-        offset_t at;
-    };
-    /// Products of two maps that follow each other: rows of x to queries, means of x to keys and beside them values; and the same transposed.
-    struct Folded {
-        offset_t query, transposed_query, keys, transposed_keys;
-    };
     /// Of one resolution, in workspace memory.
     struct Path {
         index_t marks, places;                // of a batch item
@@ -285,75 +155,6 @@ private:
     };
 
     static constexpr index_t blocks() { return all ? resolutions : 1; }
-    std::size_t router_matrix() const { return 3 + 3 * static_cast<std::size_t>(resolutions); }
-    static std::size_t own_matrix(index_t h) { return 3 + 3 * static_cast<std::size_t>(h); }
-    offset_t take(offset_t count) { return std::exchange(size_, size_ + count); }
-    void add_matrix(std::string name, index_t rows, index_t matrix_blocks) {
-        matrices_.push_back({std::move(name), rows, matrix_blocks, take(offset_t{detail::cuda::padded<T>(rows)} * matrix_blocks * width_)});
-    }
-    /// f(place in device memory, entry of the host's tensor).
-    template <class F>
-    void for_each_entry(const Matrix& matrix, F&& f) const {
-        std::size_t entry = 0;
-        for (offset_t r = 0; r < matrix.rows; ++r)
-            for (offset_t b = 0; b < matrix.blocks; ++b)
-                for (offset_t c = 0; c < dim_; ++c) f(static_cast<std::size_t>(matrix.at + (r * matrix.blocks + b) * width_ + c), entry++);
-    }
-    static const Tensor<T>& find(const Parameters& parameters, const std::string& name, const std::vector<offset_t>& shape) {
-        const Tensor<T>& found = detail::cuda::find_parameter(parameters, name);
-        if (found.shape != shape) throw invalid_input(name, detail::shape_text(shape), detail::shape_text(found.shape));
-        return found;
-    }
-    T* at(offset_t place) const { return values_.data() + place; }
-    const T* value(std::size_t matrix) const { return at(matrices_[matrix].at); }
-    const T* transposed(std::size_t matrix) const { return at(transposed_[matrix]); }
-    T* gradient(std::size_t matrix) const { return gradients_.data() + matrices_[matrix].at; }
-    static void fill_zeros(T* to, offset_t count, cudaStream_t stream) {
-        if (count > 0) detail::cuda::check_cuda(cudaMemsetAsync(to, 0, static_cast<std::size_t>(count) * sizeof(T), stream), "cudaMemsetAsync");
-    }
-
-    /// y [rows][out] = x [rows][in] weight^T, or that onto y.
-    static void linear(const T* x, std::ptrdiff_t x_stride, const T* weight, index_t in, index_t rows, index_t out, T* y, std::ptrdiff_t y_stride, cudaStream_t stream, bool adds = false) {
-        detail::cuda::LinearArguments<T> arguments{};
-        arguments.x = x;
-        arguments.weight = weight;
-        arguments.y = y;
-        arguments.rows = rows;
-        arguments.in = in;
-        arguments.out = out;
-        arguments.x_stride = x_stride;
-        arguments.y_stride = y_stride;
-        if (adds) {
-            arguments.residual = y;
-            arguments.residual_stride = y_stride;
-        }
-        detail::cuda::apply_linear(arguments, stream);
-    }
-    void fold(index_t h, cudaStream_t stream) const {
-        const Folded& to = folded_[static_cast<std::size_t>(h)];
-        const std::size_t own = own_matrix(h);
-        const offset_t square = offset_t{width_} * width_;
-        const auto product = [&](std::size_t which, T* plain, T* turned, std::ptrdiff_t turned_stride) {
-            linear(value(own + which), width_, transposed(which), width_, width_, width_, plain, width_, stream);
-            linear(transposed(which), width_, value(own + which), width_, width_, width_, turned, turned_stride, stream);
-        };
-        product(0, at(to.query), at(to.transposed_query), width_);
-        product(1, at(to.keys), at(to.transposed_keys), 2 * width_);
-        product(2, at(to.keys) + square, at(to.transposed_keys) + width_, 2 * width_);
-    }
-    /// Gradients of both factors of a folded map second * first, [rows of second, padded][width].
-    void unfold(const T* d_folded, std::size_t second, std::size_t first, T* states, cudaStream_t stream) const {
-        const index_t rows = detail::cuda::padded<T>(matrices_[second].rows);
-        linear(d_folded, width_, value(first), width_, rows, width_, gradient(second), width_, stream, true);
-        detail::cuda::sum_over_tokens(token_sum(value(second), width_, d_folded, width_, rows), states, matrix_view(gradient(first), width_, width_), true, stream);
-    }
-    /// Of contiguous rows.
-    static detail::cuda::TokenSum<T> token_sum(const T* values, index_t columns, const T* other, index_t inner, index_t rows) {
-        return {detail::cuda::packed_rows<T>(values, 1, 0, columns), detail::cuda::packed_rows<T>(other, 1, 0, inner), columns, inner, 1, rows, {nullptr, rows}};
-    }
-    static TensorView<T> matrix_view(T* data, index_t rows, index_t columns) {
-        return detail::make_view<T>(data, std::array<index_t, 2>{rows, columns}, std::array<std::ptrdiff_t, 2>{columns, 1}, "matrix");
-    }
 
     template <class U>
     void check_shape(const TensorView<U>& view, index_t rows, const char* argument) const {
@@ -458,12 +259,12 @@ private:
         const offset_t of_marks = offset_t{rows.batch} * marks * width_, of_places = offset_t{rows.batch} * places * width_;
         const Path path{marks, places, carver.template take<T>(of_marks), carver.template take<T>(2 * of_marks), carver.template take<T>(of_places), carver.template take<T>(of_places)};
         if (carver.counts()) return path;
-        const Folded& folded = folded_[static_cast<std::size_t>(h)];
+        const typename Weights::Folded folded = weights_.folded(h);
         const detail::cuda::CompressionCall call = compression(saved, marks, stream);
         detail::cuda::compress_with<false>(detail::cuda::MeanForm<T>{length}, detail::cuda::CompressArguments<T>{x, {}, call, 0, detail::cuda::packed_finish(path.means, marks, width_, 1)});
-        linear(path.means, width_, at(folded.keys), width_, rows.batch * marks, 2 * width_, path.landmarks, 2 * width_, stream);
+        detail::cuda::apply_linear<T>(path.means, width_, folded.keys, width_, rows.batch * marks, 2 * width_, path.landmarks, 2 * width_, stream);
         detail::cuda::move_rows("gather_rows", detail::cuda::gather_rows<T>, bucket(saved, h, places, path.rows, const_cast<T*>(x.data), x.row_stride, false), stream);
-        linear(path.rows, width_, at(folded.query), width_, rows.batch * places, width_, path.queries, width_, stream);
+        detail::cuda::apply_linear<T>(path.rows, width_, folded.query, width_, rows.batch * places, width_, path.queries, width_, stream);
         return path;
     }
     /// Rows of a resolution by sub-head.
@@ -503,7 +304,7 @@ private:
         double balance = 0;
         if constexpr (learned) {
             T* const probabilities = saved.kept_.probabilities;
-            linear(x.data, x.row_stride, at(folded_router_), width_, routes.rows.rows(), resolutions, probabilities, resolutions, stream);
+            apply_linear<T>(x.data, x.row_stride, weights_.folded_router(), width_, routes.rows.rows(), resolutions, probabilities, resolutions, stream);
             routing.template choose<T>(probabilities, probabilities);
             balance = recipe_.router.balance;
         } else if constexpr (all) routing.send_to_all();
@@ -556,8 +357,8 @@ private:
         // Equation 11.
         LinearArguments<T> merge{};
         merge.x = context;
-        merge.weight = value(matrices_.size() - 1);
-        merge.bias = at(bias_);
+        merge.weight = weights_.merge();
+        merge.bias = weights_.merge_bias();
         merge.residual = residual.data;
         merge.residual_stride = residual.strides[2];
         merge.y = y.data;
@@ -577,24 +378,23 @@ private:
         const Routes& routes = saved.kept_.routes;
         const index_t rows = saved.x_.tokens(), batch = routes.rows.batch, tokens = routes.rows.tokens, columns = blocks() * width_;
         const T* const context = saved.kept_.context;
-        const std::size_t merge = matrices_.size() - 1;
         const Rows<T> x = rows_of(saved, carver, stream), d = as_rows(d_y, 1, carver, stream);
         T* const d_context = carver.template take<T>(offset_t{rows} * columns);
         std::size_t most = carver.used();
         const bool works = !carver.counts() && rows > 0;
         {
-            TokenSum<T> of_weight = token_sum(nullptr, width_, context, columns, rows), of_bias = token_sum(nullptr, width_, nullptr, vector, rows);
+            TokenSum<T> of_weight = TokenSum<T>::of_rows(nullptr, width_, context, columns, rows), of_bias = TokenSum<T>::of_rows(nullptr, width_, nullptr, vector, rows);
             of_weight.values = of_bias.values = d;
             Carver scratch = carver;
             T* const ones = scratch.template take<T>(vector);
             T* const states = scratch.template take<T>(std::max(of_weight.states_size(), of_bias.states_size()));
             most = std::max(most, scratch.used());
             if (works) {
-                linear(d.data, d.row_stride, at(transposed_merge_), width_, rows, columns, d_context, columns, stream);
-                sum_over_tokens(of_weight, states, matrix_view(gradient(merge), width_, columns), true, stream);
+                apply_linear<T>(d.data, d.row_stride, weights_.transposed_merge(), width_, rows, columns, d_context, columns, stream);
+                sum_over_tokens(of_weight, states, tensor_view(weights_.merge_gradient(), {width_, columns}), true, stream);
                 launch("fill_ones", fill_ones<T>, dim3(1), vector, 0, stream, ones, offset_t{vector});
                 of_bias.other = {ones, 0, 0, 0, 1, 1};
-                sum_over_tokens(of_bias, states, matrix_view(gradients_.data() + bias_, width_, 1), true, stream);
+                sum_over_tokens(of_bias, states, tensor_view(weights_.merge_bias_gradient(), {width_, 1}), true, stream);
                 if (d_x.size() > 0) check_cuda(cudaMemset2DAsync(d_x.data, static_cast<std::size_t>(std::max<std::ptrdiff_t>(d_x.strides[2], dim_)) * sizeof(T), 0, static_cast<std::size_t>(dim_) * sizeof(T), static_cast<std::size_t>(rows), stream), "cudaMemset2DAsync");
             }
         }
@@ -656,65 +456,59 @@ private:
             T* const d_rows = scratch.template take<T>(of_places);
             T* const d_means = scratch.template take<T>(of_marks);
             T* const d_folded = scratch.template take<T>(offset_t{2} * width_ * width_);
-            const TokenSum<T> of_query = token_sum(d_queries, width_, path.rows, width_, batch * places), of_keys = token_sum(d_landmarks, 2 * width_, path.means, width_, batch * path.marks);
-            T* const states = scratch.template take<T>(std::max({of_query.states_size(), of_keys.states_size(), token_sum(nullptr, width_, nullptr, width_, width_).states_size()}));
+            const TokenSum<T> of_query = TokenSum<T>::of_rows(d_queries, width_, path.rows, width_, batch * places), of_keys = TokenSum<T>::of_rows(d_landmarks, 2 * width_, path.means, width_, batch * path.marks);
+            T* const states = scratch.template take<T>(std::max({of_query.states_size(), of_keys.states_size(), weights_.unfold_size()}));
             most = std::max(most, scratch.used());
             if (!works) return;
-            const Folded& folded = folded_[static_cast<std::size_t>(h)];
-            const std::size_t own = own_matrix(h);
+            const typename Weights::Folded folded = weights_.folded(h);
             // Queries: rows of x, scattered back.
-            linear(d_queries, width_, at(folded.transposed_query), width_, batch * places, width_, d_rows, width_, stream);
+            apply_linear<T>(d_queries, width_, folded.transposed_query, width_, batch * places, width_, d_rows, width_, stream);
             BucketRows<T> back = bucket(saved, h, places, d_rows, d_x.data, d_x.strides[2], false);
             back.columns = dim_;
             back.adds = true;
             move_rows("scatter_rows", scatter_rows<T>, back, stream);
-            sum_over_tokens(of_query, states, matrix_view(d_folded, width_, width_), false, stream);
-            unfold(d_folded, own, 0, states, stream);
+            sum_over_tokens(of_query, states, tensor_view(d_folded, {width_, width_}), false, stream);
+            weights_.unfold_query(h, d_folded, states, stream);
             // Landmarks: means of x, spread back.
-            linear(d_landmarks, 2 * width_, at(folded.transposed_keys), 2 * width_, batch * path.marks, width_, d_means, width_, stream);
+            apply_linear<T>(d_landmarks, 2 * width_, folded.transposed_keys, 2 * width_, batch * path.marks, width_, d_means, width_, stream);
             const index_t length = lengths[static_cast<std::size_t>(h)];
             Finish<T> finish;
             const auto by_items = detail::make_view<T>(d_x.data, std::array<index_t, 4>{batch, 1, tokens, dim_}, std::array<std::ptrdiff_t, 4>{tokens * d_x.strides[2], 0, d_x.strides[2], 1}, "d_x");
             set_target(finish, by_items);
             finish.accumulate = true;
             compress_with<true>(MeanForm<T>{length}, CompressArguments<T>{x, packed_rows<T>(d_means, 1, offset_t{path.marks} * width_, width_), compression(saved, path.marks, stream), 0, finish});
-            sum_over_tokens(of_keys, states, matrix_view(d_folded, 2 * width_, width_), false, stream);
-            unfold(d_folded, own + 1, 1, states, stream);
-            unfold(d_folded + offset_t{width_} * width_, own + 2, 2, states, stream);
+            sum_over_tokens(of_keys, states, tensor_view(d_folded, {2 * width_, width_}), false, stream);
+            weights_.unfold_keys(h, d_folded, states, stream);
         });
         if constexpr (learned) {
             constexpr bool learns = !std::is_same_v<Router, TopOne<Literal>>;
             if (!learns && recipe_.router.balance <= 0) return most;
+            const index_t logit_columns = weights_.logit_columns();
             T* const d_logits = carver.template take<T>(offset_t{rows} * logit_columns);
             T* const d_folded = carver.template take<T>(offset_t{logit_columns} * width_);
-            TokenSum<T> of_router = token_sum(d_logits, logit_columns, nullptr, width_, rows);
+            TokenSum<T> of_router = TokenSum<T>::of_rows(d_logits, logit_columns, nullptr, width_, rows);
             // Item by item, since rows of x that are padding may hold anything.
             of_router.values = packed_rows<T>(d_logits, 1, offset_t{tokens} * logit_columns, logit_columns);
             of_router.other = x;
             of_router.items = batch;
             of_router.tokens = tokens;
             of_router.lengths = routes.rows.lengths;
-            T* const states = carver.template take<T>(std::max(of_router.states_size(), token_sum(nullptr, width_, nullptr, width_, logit_columns).states_size()));
+            T* const states = carver.template take<T>(std::max(of_router.states_size(), weights_.unfold_size()));
             most = std::max(most, carver.used());
             if (!works) return most;
             const RouterGradientArguments<T> arguments{routes.rows, routes.of_rows, routes.starts, saved.kept_.probabilities, context, d_context, columns, learns, gated, recipe_.router.balance, d_logits, logit_columns};
             launch("router_gradient", router_gradient<T>, dim3(blocks_for(rows, 4)), 128, 0, stream, arguments);
-            linear(d_logits, logit_columns, at(transposed_router_), logit_columns, rows, dim_, d_x.data, d_x.strides[2], stream, true);
-            sum_over_tokens(of_router, states, matrix_view(d_folded, logit_columns, width_), false, stream);
-            unfold(d_folded, router_matrix(), 0, states, stream);
+            apply_linear<T>(d_logits, logit_columns, weights_.transposed_router(), logit_columns, rows, dim_, d_x.data, d_x.strides[2], stream, true);
+            sum_over_tokens(of_router, states, tensor_view(d_folded, {logit_columns, width_}), false, stream);
+            weights_.unfold_router(d_folded, states, stream);
         }
         return most;
     }
 
     Inner inner_;
     Recipe recipe_;
-    index_t dim_ = 0, width_ = 0, heads_;  // width: dim, padded
-    std::vector<Matrix> matrices_;         // query, key, value; those of each resolution; the router; merge
-    std::string bias_name_;
-    offset_t size_ = 0, learned_size_ = 0, bias_ = 0, transposed_merge_ = 0, folded_router_ = 0, transposed_router_ = 0;
-    std::array<offset_t, 3> transposed_{};
-    std::array<Folded, static_cast<std::size_t>(resolutions)> folded_{};
-    CudaTensor<T> values_, gradients_;
+    Weights weights_;
+    index_t dim_, width_, heads_;  // width: dim, padded
 };
 
 }  // namespace nn

@@ -128,6 +128,11 @@ void finish_heads(const Rows<T>& from, index_t group, const TensorView<T>& out, 
 }
 
 template <class T>
+void fill_zeros(T* to, offset_t count, cudaStream_t stream) {
+    if (count > 0) check_cuda(cudaMemsetAsync(to, 0, static_cast<std::size_t>(count) * sizeof(T), stream), "cudaMemsetAsync");
+}
+
+template <class T>
 __global__ void natural_logarithms(const T* from, T* to, offset_t count) {
     const offset_t at = offset_t{blockIdx.x} * blockDim.x + threadIdx.x;
     if (at < count) to[at] = from[at] * log_of_2<T>;
