@@ -157,17 +157,20 @@ __global__ void __launch_bounds__(tile_threads, 2) apply_states(const __grid_con
     });
 }
 
-/// Tokens of a chunk: of causal products one tile, else at most 32 chunks.
+/// Tokens of a chunk: of causal products one tile, else as few whole tiles as leave at most `most` chunks.
 template <class T>
-index_t chunk_of(Sees sees, index_t tokens) {
+index_t chunk_of(Sees sees, index_t tokens, index_t most = 32) {
     constexpr index_t side = TileShape<T>::side;
-    return sees == Sees::all ? std::max<index_t>(side, (tokens / 32 + side - 1) / side * side) : side;
+    if (sees != Sees::all) return side;
+    const index_t tiles = (tokens + side - 1) / side;
+    return std::max<index_t>(1, (tiles + most - 1) / most) * side;
 }
-/// Numbers that the states of one item take.
+/// Numbers that the states of one item take. Fewer tokens may make more chunks, but never take more.
 template <class T>
-offset_t states_size(Sees sees, index_t other_tokens, index_t inner, index_t columns) {
-    const index_t chunk = chunk_of<T>(sees, other_tokens);
-    return (offset_t{(other_tokens + chunk - 1) / chunk} + 1) * inner * columns;
+offset_t states_size(Sees sees, index_t other_tokens, index_t inner, index_t columns, index_t most = 32) {
+    constexpr index_t side = TileShape<T>::side;
+    const index_t tiles = (other_tokens + side - 1) / side;
+    return (offset_t{sees == Sees::all ? std::min(tiles, most) : tiles} + 1) * inner * columns;
 }
 
 /// Sums over chunks, then over chunks before, of `count` items.
@@ -205,8 +208,15 @@ struct TokenSum {
     static TokenSum of_rows(const T* values, index_t columns, const T* other, index_t inner, index_t rows) {
         return {packed_rows<T>(values, 1, 0, columns), packed_rows<T>(other, 1, 0, inner), columns, inner, 1, rows, {nullptr, rows}};
     }
-    /// Numbers of scratch memory.
-    offset_t states_size() const { return items * detail::cuda::states_size<T>(Sees::all, tokens, inner, columns); }
+    /// Of an item, at most: with as many tiles of partial sums as keep any GPU busy. More would only take memory.
+    index_t chunks() const {
+        constexpr index_t width = TileShape<T>::width, blocks = 1024;
+        const offset_t tiles = offset_t{items} * blocks_for(columns, width) * blocks_for(inner, width);
+        return static_cast<index_t>(std::clamp<offset_t>(blocks / std::max<offset_t>(tiles, 1), 1, 32));
+    }
+    /// Numbers of scratch memory: each item's sum, and partial sums of 1024 tiles (17 MB, double 8 MB) or of one chunk an item, at most. Fewer tokens never take
+    /// more.
+    offset_t states_size() const { return items * detail::cuda::states_size<T>(Sees::all, tokens, inner, columns, chunks()); }
 };
 
 /// To `to` [columns][inner] (or less of both, where the rest is padding), or onto it. Items one after the other, each in chunks.
@@ -222,7 +232,7 @@ void sum_over_tokens(const TokenSum<T>& sum, T* states, const TensorView<T>& to,
     product.sees = Sees::all;
     product.heads = 1;
     product.states = states;
-    product.chunk = chunk_of<T>(product.sees, sum.tokens);
+    product.chunk = chunk_of<T>(product.sees, sum.tokens, sum.chunks());
     for_each_grid(0, sum.items, [&](index_t item, unsigned count) {
         product.first_item = item;
         make_states(product, count, stream);

@@ -16,6 +16,8 @@ namespace nn {
 /// order agree. Float or double. Belongs to one stream at a time.
 /// Weights of two maps that follow each other are multiplied once, when they come; queries are gathered by resolution and projected there,
 /// landmarks are means of tokens, projected. O(n d^2 (1 + sum_h 1 / L_h)) a pass, and O(H d^3) of upload() and of backward().
+/// Memory of a pass: a dozen rows of d columns for each place of one resolution, which has as many places an item as its fullest item has rows (softmax: as
+/// tokens), and for sums of weights' gradients two such weights and 17 MB (double: 8 MB) at most.
 /// Deterministic, without atomics on floating point. Source: AdaMRA (2021), equations 5 to 11.
 template <class T, index_t... L, class Router, class Score>
 class CudaAdaptiveMultiResolution<T, MultiResolution<SegmentMeans<L...>, Router, Score>> {
@@ -203,26 +205,20 @@ private:
         }
     }
 
-    /// Places for the most rows of an item at a resolution: few different numbers, so that workspace_bytes() can try them all. Of softmax all tokens, since each
-    /// number of places has a plan.
-    static index_t places_for(index_t rows, index_t tokens) { return kernel ? std::min(tokens, static_cast<index_t>(std::bit_ceil(static_cast<unsigned>(rows)))) : tokens; }
-    /// f(resolution, places), for the places that there are, or, of a carver that counts, for all that there might be.
+    /// f(resolution, places): places of an item for as many rows as the fullest item has there. Of softmax for all tokens: each number of places would have a plan of
+    /// its own, to be made and copied to the device, for which the host would wait. A carver that counts gets the most places that there might be: fewer never
+    /// take more memory.
     template <class F>
     static void for_each_resolution(const Carver& carver, const Saved& saved, F&& f) {
         const detail::cuda::RoutedRows& rows = saved.kept_.routes.rows;
-        for (index_t h = 0; h < resolutions; ++h)
-            if (carver.counts()) {
-                if (kernel)
-                    for (index_t places = 1; places < rows.tokens; places *= 2) f(h, places);
-                f(h, rows.tokens);
-            } else {
-                index_t most = 0;
-                for (index_t b = 0; b < rows.batch; ++b) {
-                    const auto bucket = static_cast<std::size_t>(h * rows.batch + b);
-                    most = std::max(most, saved.starts_[bucket + 1] - saved.starts_[bucket]);
-                }
-                if (most > 0) f(h, places_for(most, rows.tokens));
+        for (index_t h = 0; h < resolutions; ++h) {
+            index_t most = carver.counts() ? rows.tokens : 0;
+            for (index_t b = 0; b < rows.batch && !carver.counts(); ++b) {
+                const auto bucket = static_cast<std::size_t>(h * rows.batch + b);
+                most = std::max(most, saved.starts_[bucket + 1] - saved.starts_[bucket]);
             }
+            if (most > 0) f(h, kernel ? most : rows.tokens);
+        }
     }
 
     /// x as one row after the other, and by batch items.
