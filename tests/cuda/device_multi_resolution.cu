@@ -41,7 +41,7 @@ DevicePassed<T> run_on_device(const Recipe& recipe, const DevicePass<T>& pass) {
     options.device_workspace = &workspace;
     const std::size_t bytes = layer.workspace_bytes(constant(x), pass.batch, options);
     workspace.reserve(bytes);
-    layer.forward(constant(x), add, y.view(), pass.batch, saved, options);
+    layer.forward(constant(x), add, y.view(), pass.batch, saved, options, pass.output_dropout);
     CHECK(workspace.capacity() == std::max<std::size_t>(bytes, 1));
     DevicePassed<T> passed;
     passed.y = to_host(y);
@@ -56,7 +56,7 @@ DevicePassed<T> run_on_device(const Recipe& recipe, const DevicePass<T>& pass) {
 
     // The same again, without a workspace, the saved pass used anew.
     options.device_workspace = nullptr;
-    layer.forward(constant(x), add, y.view(), pass.batch, saved, options);
+    layer.forward(constant(x), add, y.view(), pass.batch, saved, options, pass.output_dropout);
     CHECK(to_host(y).values == passed.y.values);
     layer.zero_gradients();
     layer.backward(saved, constant(d_y), d_x.view(), options);
@@ -111,7 +111,8 @@ TEST_CASE("strides, a residual in place, saved passes of other shapes, other par
     CudaOptions options;
     options.key_lengths = {tokens, 4, 17};
     typename Layer::Saved saved;
-    layer.forward(constant(x), constant(residual), y.view(), batch, saved, options);
+    const double dropout = .2;  // of the output
+    layer.forward(constant(x), constant(residual), y.view(), batch, saved, options, dropout);
     layer.backward(saved, constant(d_y), d_x.view());
     const auto wanted_y = to_host(y).values, wanted_d_x = to_host(d_x).values;
     const auto wanted = layer.gradients();
@@ -139,7 +140,7 @@ TEST_CASE("strides, a residual in place, saved passes of other shapes, other par
     workspace.reserve(layer.workspace_bytes(tensor_view<const float>(turned_x.data(), {rows, dim}, {1, rows}), batch, options));
     const std::size_t capacity = workspace.capacity();
     layer.zero_gradients(stream);
-    layer.forward(strided(far_x), strided(in_place), strided(in_place), batch, saved, options);
+    layer.forward(strided(far_x), strided(in_place), strided(in_place), batch, saved, options, dropout);
     CHECK(workspace.capacity() == capacity);
     layer.backward(saved, constant(d_y), strided(far_d_x), options);
     REQUIRE(cudaStreamSynchronize(stream) == cudaSuccess);
@@ -157,7 +158,7 @@ TEST_CASE("strides, a residual in place, saved passes of other shapes, other par
     options.key_lengths = {tokens, 4, 17};
     const auto moved = std::move(saved);
     saved = {};
-    layer.forward(tensor_view<const float>(turned_x.data(), {rows, dim}, {1, rows}), constant(residual), y.view(), batch, saved, options);
+    layer.forward(tensor_view<const float>(turned_x.data(), {rows, dim}, {1, rows}), constant(residual), y.view(), batch, saved, options, dropout);
     REQUIRE(cudaStreamSynchronize(stream) == cudaSuccess);
     CHECK(to_host(y).values == wanted_y);
     // Other parameters, and back.
@@ -247,6 +248,7 @@ TEST_CASE("errors name the argument") {
     CHECK(forward(constant(x), {}, y.view(), 2, [](CudaOptions& options) { options.dropout.weights = .5; }) == "dropout.weights");
     CHECK(forward(constant(x), {}, y.view(), 2, [](CudaOptions& options) { options.dropout.values = 1; }) == "dropout.values");
     CHECK(forward(constant(x), {}, y.view(), 2, [](CudaOptions& options) { options.accumulate = true; }) == "accumulate");
+    for (const double probability : {-.1, 1., std::numeric_limits<double>::quiet_NaN()}) CHECK(argument([&] { layer.forward(constant(x), {}, y.view(), 2, saved, {}, probability); }) == "output_dropout");
     layer.forward(constant(x), {}, y.view(), 2, saved);
     CHECK(argument([&] { layer.backward(saved, constant(long_y), y.view()); }) == "d_y");
     CHECK(argument([&] { layer.backward(saved, constant(x), long_y.view()); }) == "d_x");

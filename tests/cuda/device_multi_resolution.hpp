@@ -19,6 +19,7 @@ struct DevicePass {
     polyattn::index_t heads, batch;
     polyattn::Tensor<T> x, residual, d_y;  // residual may be empty
     polyattn::CallOptions options;
+    double output_dropout = 0;
 };
 template <class T>
 struct DevicePassed {

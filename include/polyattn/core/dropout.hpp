@@ -19,6 +19,9 @@ struct Dropout {
 
 namespace detail {
 
+/// Where a dropout on activations sits in a network: in place of a (batch, head), and beyond those of attention, so that all masks of a layer differ.
+enum class DropSite : std::uint32_t { embedding = 1 << 20, attention = 2 << 20, feed_forward = 3 << 20 };
+
 /// The masks of one (batch, head): 0 for a dropped entry, 1 / (1 - p) for a kept one.
 class DropoutMask {
 public:
@@ -42,10 +45,10 @@ public:
         detail::philox_rounds(words, key0_, key1_);
         for (std::size_t i = 0; i < count; ++i) mask[i] = word(words, column + static_cast<index_t>(i)) < values_ ? T(0) : static_cast<T>(keep_value_);
     }
-    /// The masks of another (batch, head) of the same call.
+    /// The masks of the (batch, head) that is so many behind this one.
     POLYATTN_HOST_DEVICE DropoutMask of_item(offset_t item) const {
         DropoutMask mask = *this;
-        mask.item_ = static_cast<std::uint32_t>(item);
+        mask.item_ += static_cast<std::uint32_t>(item);
         return mask;
     }
     /// The masks of another draw, by its hash().

@@ -35,9 +35,6 @@ struct Pass {
 
 namespace detail {
 
-/// Where a dropout of a network sits; keeps the masks of a layer apart, and from those of attention.
-enum class DropSite : std::uint32_t { embedding = 1 << 20, attention = 2 << 20, feed_forward = 3 << 20 };
-
 /// Dropout on activations: entry (row, column) is kept with probability 1 - p and scaled by 1 / (1 - p), a pure function of the draw.
 class ActivationDropout {
 public:

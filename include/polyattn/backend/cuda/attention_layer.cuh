@@ -360,7 +360,7 @@ private:
     static auto make_call(detail::cuda::Carver& carver, const TensorView<const T>& q, const TensorView<const T>& k, const TensorView<const T>& v, const CudaOptions& options) {
         using namespace detail::cuda;
         OperatorCall<T> call{as_rows(q, q.heads(), carver, options.stream), as_rows(k, q.heads(), carver, options.stream), q.batch(), q.heads(), k.heads(), q.tokens(), k.tokens(), q.dim(), padded<T>(v.dim()), {nullptr, q.tokens()},
-                             {nullptr, k.tokens()}, detail::DropoutMask(options.dropout, options.draw, 0), options.stream};
+                             {nullptr, k.tokens()}, {detail::DropoutMask(options.dropout, options.draw, 0)}, options.stream};
         const auto put = [&](const std::vector<index_t>& lengths, Lengths& to) {
             index_t* const at = carver.template take<index_t>(static_cast<offset_t>(lengths.size()));
             if (carver.counts()) return;

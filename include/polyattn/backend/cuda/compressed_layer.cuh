@@ -239,7 +239,7 @@ private:
         const index_t group = k.heads() == 0 ? 1 : heads / k.heads();
         const Rows<T> key_rows{key_landmarks, k.heads() * of_head, of_head, key_columns, heads, group};
         const OperatorCall<T> op{as_rows(q, heads, carver, options.stream), key_rows, q.batch(), heads, k.heads(), q.tokens(), landmarks, q.dim(), columns, put(of_operator.query_lengths, q.tokens()),
-                                 put(of_operator.key_lengths, landmarks), detail::DropoutMask(options.dropout, options.draw, 0), options.stream};
+                                 put(of_operator.key_lengths, landmarks), {detail::DropoutMask(options.dropout, options.draw, 0)}, options.stream};
         const Lengths lengths = put(options.key_lengths, k.tokens());
         const CompressionCall of_keys{k.batch(), k.heads(), k.tokens(), landmarks, key_columns, lengths, options.stream};
         return CompressedCall<T, Compression>{op, as_rows(k, k.heads(), carver, options.stream), as_rows(v, heads, carver, options.stream), lengths, k.tokens(), key_columns,

@@ -73,10 +73,10 @@ public:
             T* probabilities = nullptr;  // [rows][resolutions]
             T* context = nullptr;        // [rows][columns]: what the last map gets
             T* logsumexp = nullptr;      // of softmax, [resolutions][batch x heads][tokens]
-            std::uint32_t* draws = nullptr;  // hashes of dropout's draws, [resolutions x batch]
+            std::uint32_t* draws = nullptr;  // hashes of dropout's draws, [resolutions x batch]; null: none are dropped
         };
         TensorView<const T> x_;
-        detail::DropoutMask dropout_;
+        detail::DropoutMask dropout_, output_dropout_;
         std::vector<Plan> plans_;  // of softmax, for each resolution: what the device has of them stays
         Kept kept_;
         CudaWorkspace memory_;
@@ -86,11 +86,13 @@ public:
 
     /// y = what the CPU's layer makes of x, plus `residual` unless it has no memory.
     /// Shapes: x, residual and y [batch x tokens, dim] in device memory, rows of contiguous columns (but x's); y may be the residual, not x. Of `options` key_lengths,
-    /// draw and dropout.values (on what attention makes, the CPU's masks), the stream and the workspace are used. Rows behind a length count nowhere,
+    /// draw and dropout (of what attention makes, and of softmax's weights), the stream and the workspace are used. `output_dropout` is the probability with which
+    /// entries of what the layer adds to the residual are dropped, as in a TransformerBlock under the same draw. All masks are the CPU's. Rows behind a length count nowhere,
     /// whatever they hold; their y is the bias, and the residual. Waits for the stream once: the host has to know how many rows went where. Throws
     /// invalid_input, cuda_error.
-    void forward(const TensorView<const T>& x, const TensorView<const T>& residual, const TensorView<T>& y, index_t batch, Saved& saved, const CudaOptions& options = {}) const {
+    void forward(const TensorView<const T>& x, const TensorView<const T>& residual, const TensorView<T>& y, index_t batch, Saved& saved, const CudaOptions& options = {}, double output_dropout = 0) const {
         check(x, batch, options);
+        detail::require(detail::is_finite(output_dropout) && output_dropout >= 0 && output_dropout < 1, "output_dropout", "a probability of [0, 1)", output_dropout);
         check_rows(y, x.tokens(), "y");
         if (residual.data) check_rows(residual, x.tokens(), "residual");
         saved.balance_loss_ = 0;
@@ -105,12 +107,13 @@ public:
         saved.memory_.reserve(counter.used());
         Carver kept(saved.memory_.data());
         prepare(saved, kept, x, batch, options);
+        saved.output_dropout_ = detail::DropoutMask({.values = output_dropout}, options.draw, static_cast<offset_t>(detail::DropSite::attention));
         const auto put = [&]<class U>(const std::vector<U>& from, U* to, const char* what) {
             if (!from.empty()) detail::cuda::check_cuda(cudaMemcpyAsync(to, from.data(), from.size() * sizeof(U), cudaMemcpyHostToDevice, options.stream), what);
         };
         put(valid, saved.kept_.lengths, "cudaMemcpyAsync of lengths");
         std::vector<std::uint32_t> draws;
-        if (saved.dropout_.drops_values())
+        if (saved.kept_.draws)
             for (index_t unit = 0; unit < resolutions * batch; ++unit) {
                 Draw own = options.draw;
                 own.worker = own.worker * static_cast<std::uint32_t>(resolutions * batch) + static_cast<std::uint32_t>(unit);
@@ -170,6 +173,11 @@ private:
         check_shape(view, rows, argument);
         detail::require(dim_ == 1 || view.strides[3] == 1, argument, "rows of contiguous columns", [&] { return detail::text("a stride of ", view.strides[3]); }());
     }
+    /// Of rows in the caller's memory, in bytes.
+    std::size_t row_bytes() const { return static_cast<std::size_t>(dim_) * sizeof(T); }
+    template <class U>
+    std::size_t pitch(const TensorView<U>& view) const { return std::max(static_cast<std::size_t>(view.strides[2]) * sizeof(T), row_bytes()); }
+
     void check(const TensorView<const T>& x, index_t batch, const CudaOptions& options) const {
         check_shape(x, x.tokens(), "x");
         detail::require(batch >= 1 && batch <= 65535 && x.tokens() % batch == 0, "batch", [&] { return detail::text("a number from 1 to 65535 that divides the ", x.tokens(), " rows of x"); }, batch);
@@ -178,7 +186,7 @@ private:
         detail::require(options.query_lengths.empty(), "query_lengths", "none: queries and keys are the same tokens", options.query_lengths.size());
         detail::require(!options.plan && options.item_plans.empty(), "plan", "none with several resolutions", "one");
         options.dropout.validate();
-        detail::require(options.dropout.weights == 0, "dropout.weights", kernel ? "0 with kernel scores, whose weights are never formed" : "0 in this layer on the device", options.dropout.weights);
+        detail::require(!kernel || options.dropout.weights == 0, "dropout.weights", "0 with kernel scores, whose weights are never formed", options.dropout.weights);
         detail::require(!options.accumulate, "accumulate", "false: what is added is the residual", "true");
     }
 
@@ -195,7 +203,7 @@ private:
         made.routes = detail::cuda::Routes::take(carver, routed, all);
         if (learned) made.probabilities = carver.template take<T>(offset_t{rows} * resolutions);
         made.context = carver.template take<T>(offset_t{rows} * blocks() * width_);
-        if (saved.dropout_.drops_values()) made.draws = carver.template take<std::uint32_t>(offset_t{batch} * resolutions);
+        if (saved.dropout_.drops_weights() || saved.dropout_.drops_values()) made.draws = carver.template take<std::uint32_t>(offset_t{batch} * resolutions);
         if constexpr (!kernel) {
             made.logsumexp = carver.template take<T>(offset_t{rows} * heads_ * resolutions);
             if (saved.plans_.empty() || saved.plans_[0].queries() != tokens) {
@@ -235,14 +243,15 @@ private:
         const detail::cuda::RoutedRows& rows = saved.kept_.routes.rows;
         return {rows.batch, 1, rows.tokens, marks, width_, rows.lengths, stream};
     }
+    /// Each item has a draw of its own at each resolution, as on the CPU.
+    static detail::cuda::CallDropout dropout(const Saved& saved, index_t h) { return {saved.dropout_, saved.kept_.draws ? saved.kept_.draws + h * saved.kept_.routes.rows.batch : nullptr}; }
     /// Rows of x, or of what attention makes of them, with gates and dropout.
     detail::cuda::BucketRows<T> bucket(const Saved& saved, index_t h, index_t places, T* rows, T* all_rows, std::ptrdiff_t stride, bool made) const {
         const detail::cuda::Routes& routes = saved.kept_.routes;
         detail::cuda::RowFactors<T> factors;
         if (made) {
             if (gated) factors.gates = saved.kept_.probabilities;
-            factors.dropout = saved.dropout_;
-            factors.draws = saved.kept_.draws;
+            factors.dropout = dropout(saved, h);
             factors.head_columns = dim_ / heads_;
         }
         return {routes.rows, routes.order, routes.starts, h, places, width_, rows, all_rows, width_, stride, factors, false};
@@ -278,7 +287,7 @@ private:
         const auto q = by_heads(static_cast<const T*>(path.queries), path.places, width_, batch);
         const auto k = by_heads(static_cast<const T*>(path.landmarks), path.marks, 2 * width_, batch), v = by_heads(static_cast<const T*>(path.landmarks) + width_, path.marks, 2 * width_, batch);
         const OperatorCall<T> call{as_rows(q, heads_, carver, stream), as_rows(k, heads_, carver, stream), batch, heads_, heads_, path.places, path.marks, q.dim(), padded<T>(q.dim()),
-                                   {routes.counts + h * batch, path.places}, landmark_lengths(saved, h, path.marks), {}, stream};
+                                   {routes.counts + h * batch, path.places}, landmark_lengths(saved, h, path.marks), dropout(saved, h), stream};
         const Rows<T> values = as_rows(v, heads_, carver, stream);
         const auto run = [&](const auto& runs, T* logsumexp) { inner_.template with_operator<T>(carver, call, q, k, runs, logsumexp, backward, [&](const auto& op) { f(op, call, values); }); };
         if constexpr (kernel) run(nullptr, nullptr);
@@ -287,6 +296,14 @@ private:
             plans.shared = saved.plans_[static_cast<std::size_t>(h)];
             run(Inner::template planned_items<T>(q, plans), carver.counts() ? nullptr : saved.kept_.logsumexp + offset_t{h} * routes.rows.rows() * heads_);
         }
+    }
+
+    /// Dropout of what the layer makes, or of its gradient, to `to` or onto it.
+    static void drop(const detail::cuda::Rows<T>& from, const Saved& saved, const TensorView<T>& to, bool adds, cudaStream_t stream) {
+        detail::cuda::Finish<T> finish;
+        finish.dropout.mask = saved.output_dropout_;
+        finish.accumulate = adds;
+        detail::cuda::finish_heads(from, 1, to, {nullptr, to.tokens()}, finish, stream);
     }
 
     /// Routes, and the numbers of rows that the host has to know.
@@ -349,21 +366,30 @@ private:
                 move_rows("scatter_rows", scatter_rows<T>, bucket(saved, h, places, out, context + (all ? h * width_ : 0), columns, true), stream);
             });
         });
+        // With dropout behind the last map, its rows; less than a resolution takes.
+        Carver last = carver;
+        T* const branch = last.template take<T>(offset_t{rows} * width_);
+        most = std::max(most, last.used());
         if (carver.counts()) return most;
         // Equation 11.
+        const bool drops = saved.output_dropout_.drops_values();
         LinearArguments<T> merge{};
         merge.x = context;
         merge.weight = weights_.merge();
         merge.bias = weights_.merge_bias();
-        merge.residual = residual.data;
+        merge.residual = drops ? nullptr : residual.data;
         merge.residual_stride = residual.strides[2];
-        merge.y = y.data;
+        merge.y = drops ? branch : y.data;
         merge.rows = rows;
         merge.in = columns;
-        merge.out = dim_;
+        merge.out = drops ? width_ : dim_;
         merge.x_stride = columns;
-        merge.y_stride = y.strides[2];
+        merge.y_stride = drops ? width_ : y.strides[2];
         apply_linear(merge, stream);
+        if (!drops) return most;
+        if (residual.data && residual.data != y.data && rows > 0)
+            check_cuda(cudaMemcpy2DAsync(y.data, pitch(y), residual.data, pitch(residual), row_bytes(), static_cast<std::size_t>(rows), cudaMemcpyDeviceToDevice, stream), "cudaMemcpy2DAsync of residual");
+        drop(packed_rows<T>(branch, 1, 0, width_), saved, y, residual.data != nullptr, stream);
         return most;
     }
 
@@ -374,7 +400,10 @@ private:
         const Routes& routes = saved.kept_.routes;
         const index_t rows = saved.x_.tokens(), batch = routes.rows.batch, tokens = routes.rows.tokens, columns = blocks() * width_;
         const T* const context = saved.kept_.context;
-        const Rows<T> x = rows_of(saved, carver, stream), d = as_rows(d_y, 1, carver, stream);
+        const Rows<T> x = rows_of(saved, carver, stream), all_d = as_rows(d_y, 1, carver, stream);
+        const bool drops = saved.output_dropout_.drops_values();
+        T* const dropped = carver.template take<T>(drops ? offset_t{rows} * width_ : 0);
+        const Rows<T> d = drops ? packed_rows<T>(dropped, 1, 0, width_) : all_d;
         T* const d_context = carver.template take<T>(offset_t{rows} * columns);
         std::size_t most = carver.used();
         const bool works = !carver.counts() && rows > 0;
@@ -386,12 +415,13 @@ private:
             T* const states = scratch.template take<T>(std::max(of_weight.states_size(), of_bias.states_size()));
             most = std::max(most, scratch.used());
             if (works) {
+                if (drops) drop(all_d, saved, tensor_view(dropped, {rows, width_}), false, stream);
                 apply_linear<T>(d.data, d.row_stride, weights_.transposed_merge(), width_, rows, columns, d_context, columns, stream);
                 sum_over_tokens(of_weight, states, tensor_view(weights_.merge_gradient(), {width_, columns}), true, stream);
                 launch("fill_ones", fill_ones<T>, dim3(1), vector, 0, stream, ones, offset_t{vector});
                 of_bias.other = {ones, 0, 0, 0, 1, 1};
                 sum_over_tokens(of_bias, states, tensor_view(weights_.merge_bias_gradient(), {width_, 1}), true, stream);
-                if (d_x.size() > 0) check_cuda(cudaMemset2DAsync(d_x.data, static_cast<std::size_t>(std::max<std::ptrdiff_t>(d_x.strides[2], dim_)) * sizeof(T), 0, static_cast<std::size_t>(dim_) * sizeof(T), static_cast<std::size_t>(rows), stream), "cudaMemset2DAsync");
+                if (d_x.size() > 0) check_cuda(cudaMemset2DAsync(d_x.data, pitch(d_x), 0, row_bytes(), static_cast<std::size_t>(rows), stream), "cudaMemset2DAsync");
             }
         }
         for_each_resolution(carver, saved, [&](index_t h, index_t places) {

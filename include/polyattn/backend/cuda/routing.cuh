@@ -159,8 +159,7 @@ private:
 template <class T>
 struct RowFactors {
     const T* gates = nullptr;  // [rows][resolutions]; null: 1
-    DropoutMask dropout{};     // by sub-head; of draws that differ by resolution and item
-    const std::uint32_t* draws = nullptr;  // hashes, [resolutions x batch]
+    CallDropout dropout{};     // of values, with draws, by sub-head
     index_t head_columns = 1;
 };
 
@@ -183,7 +182,7 @@ struct BucketRows {
     __device__ T factor(index_t item, index_t row, index_t place, index_t column) const {
         T mask[1] = {1};
         if (factors.dropout.drops_values())
-            factors.dropout.of_item(column / factors.head_columns).of_draw(factors.draws[resolution * rows.batch + item]).values(0, place, column % factors.head_columns, mask);
+            factors.dropout.of_head(item, column / factors.head_columns).values(0, place, column % factors.head_columns, mask);
         return factors.gates ? factors.gates[offset_t{row} * rows.resolutions + resolution] * mask[0] : mask[0];
     }
 };

@@ -144,7 +144,7 @@ struct OperatorCall {
     Rows<T> q, k;
     index_t batch, heads, key_heads, queries, keys, dim, columns;  // columns: of the values, padded
     Lengths query_lengths, key_lengths;
-    DropoutMask dropout;
+    CallDropout dropout;
     cudaStream_t stream;
     index_t items() const { return batch * heads; }
     index_t group() const { return key_heads == 0 ? 1 : heads / key_heads; }

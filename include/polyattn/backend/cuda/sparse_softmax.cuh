@@ -18,7 +18,7 @@ struct Operator {
     index_t dim;   // padded
     Number scale;  // log2(e) / sqrt(d)
     Bias bias;
-    DropoutMask dropout;
+    CallDropout dropout;
     Lengths query_lengths, key_lengths;
     index_t queries, keys;
     index_t first_item;  // of the launch
@@ -30,7 +30,7 @@ struct Operator {
         return s;
     }
     /// What a weight is multiplied with.
-    __device__ Number mask(index_t item, index_t query, index_t key) const { return static_cast<Number>(dropout.of_item(item).weight(query, key)); }
+    __device__ Number mask(index_t item, index_t query, index_t key) const { return static_cast<Number>(dropout.of(item, q.heads).weight(query, key)); }
 };
 
 /// What is subtracted from a row's scores: of a row without keys infinity, so that its weights are 0.
@@ -346,7 +346,7 @@ struct EdgeArguments {
     Number* weights;  // [item][edges]
     bool masks;       // weights are those of A: dropout applies
     bool transposed;
-    DropoutMask dropout;
+    CallDropout dropout;
     Lengths own_lengths, other_lengths;
     index_t own, heads, first_item;
     Rows<T> values;
@@ -392,7 +392,7 @@ __global__ void __launch_bounds__(edge_threads, edge_blocks) apply_edges(const _
                 Number& stored = weights[a.edges.index ? a.edges.index[first + lane] : first + lane];
                 weight = stored;
                 if (a.online && panel == 0) stored = weight = alive ? exp_base2(weight - logsumexp) : Number(0);
-                if (a.masks && a.dropout.drops_weights()) weight *= static_cast<Number>(a.dropout.of_item(item).weight(a.transposed ? to : own, a.transposed ? own : to));
+                if (a.masks && a.dropout.drops_weights()) weight *= static_cast<Number>(a.dropout.of(item, a.heads).weight(a.transposed ? to : own, a.transposed ? own : to));
             }
             walk.for_each(to, count, values, a.values.row_stride, panel, a.value_columns, [&](int s, const Vector<T>(&value)[2]) {
                 const Number w = __shfl_sync(~0u, weight, s * Walk::rows + walk.row);

@@ -16,7 +16,7 @@ struct HopGradientArguments {
     Rows<T> g;                     // G_k, one a query head
     Rows<T> z, v;                  // Z_k, V
     T walk, teleport;
-    DropoutMask dropout;
+    CallDropout dropout;
     int hop;
     index_t queries, columns, heads, first_item;
     Lengths query_lengths;
@@ -43,7 +43,7 @@ __global__ void __launch_bounds__(edge_threads, edge_blocks) hop_gradient(const 
             const Vector<T> g = load_vector(a.g.head(item) + query * a.g.row_stride + c), z = load_vector(a.z.head(item) + query * a.z.row_stride + c);
             const Vector<T> v = a.teleport != 0 ? load_vector(a.v.head(item) + query * a.v.row_stride + c) : Vector<T>{};
             T mask[vector];
-            value_mask(a.dropout.of_item(item), a.hop, query, c, mask);
+            value_mask(a.dropout.of(item, a.heads), a.hop, query, c, mask);
 #pragma unroll
             for (int l = 0; l < vector; ++l) {
                 const T dropped = g.at[l] * mask[l];

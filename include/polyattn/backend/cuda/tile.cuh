@@ -216,6 +216,18 @@ private:
     index_t own_[Slots::count];
 };
 
+/// Dropout of a call: (batch, head) counts through all items of one draw, or, with `draws`, heads count through those of each batch item's own draw.
+struct CallDropout {
+    DropoutMask mask{};
+    const std::uint32_t* draws = nullptr;  // hashes, [batch]
+
+    __host__ __device__ bool drops_weights() const { return mask.drops_weights(); }
+    __host__ __device__ bool drops_values() const { return mask.drops_values(); }
+    /// With `draws`.
+    __device__ DropoutMask of_head(index_t b, index_t head) const { return mask.of_item(head).of_draw(draws[b]); }
+    __device__ DropoutMask of(index_t item, index_t heads) const { return draws ? of_head(item / heads, item % heads) : mask.of_item(item); }
+};
+
 /// Dropout of neighbouring columns, up to four of which one Philox block serves.
 template <class T, int count>
 __device__ void value_mask(const DropoutMask& dropout, int hop, index_t row, index_t column, T (&mask)[count]) {
@@ -278,7 +290,7 @@ struct Finish {
     bool out_vectors = false;  // whole vectors can be stored
     bool accumulate = false;
     index_t heads = 1, columns = 0;
-    DropoutMask dropout{};
+    CallDropout dropout{};
     int hop = 0;
 
     /// One vector of columns; rows that are not alive become 0.
@@ -288,7 +300,7 @@ struct Finish {
         Vector<T> v{};
         if (teleport != 0) v = load_vector(values.head(item) + token * values.row_stride + column);
         Number mask[vector];
-        value_mask(dropout.of_item(item), hop, token, column, mask);
+        value_mask(dropout.of(item, heads), hop, token, column, mask);
 #pragma unroll
         for (int l = 0; l < vector; ++l) {
             Number value = factor * sum.at[l];
