@@ -1,4 +1,6 @@
 // What callers of the device's layers meet: views, options, memory, streams, errors.
+#include "transfer.cuh"
+
 #include "support/errors.hpp"
 #include "support/random.hpp"
 
@@ -15,16 +17,6 @@ using namespace polyattn;
 
 namespace {
 
-template <class T>
-CudaTensor<T> on_device(const Tensor<T>& tensor) {
-    return {tensor.data(), tensor.shape};
-}
-template <class T>
-std::vector<T> on_host(const CudaTensor<T>& tensor) {
-    std::vector<T> values(static_cast<std::size_t>(tensor.size()));
-    tensor.copy_to(values.data());
-    return values;
-}
 std::size_t free_memory() {
     std::size_t free = 0, total = 0;
     detail::cuda::check_cuda(cudaMemGetInfo(&free, &total), "cudaMemGetInfo");
@@ -41,7 +33,7 @@ TEST_CASE("strided and misaligned views give the bits of contiguous ones") {
     const index_t n = 37, d = 8, e = 6, heads = 2;
     const auto x = random.tensor<float>({heads, n, 2 * d + e + 1});
     // q, k and v side by side in rows of an odd number of columns.
-    const auto all = on_device(x);
+    const auto all = to_device(x);
     const std::ptrdiff_t row = 2 * d + e + 1;
     const auto part = [&](offset_t first, offset_t columns) { return tensor_view(all.data() + first, {heads, n, columns}, {n * row, row, 1}); };
     Tensor<float> q({heads, n, d}), k({heads, n, d}), v({heads, n, e});
@@ -52,23 +44,23 @@ TEST_CASE("strided and misaligned views give the bits of contiguous ones") {
         std::copy_n(from + 2 * d, e, v.data() + i * e);
     }
     const auto layer = make_layer();
-    const auto dq = on_device(q), dk = on_device(k), dv = on_device(v);
-    const auto wanted = on_host(layer(dq.view(), dk.view(), dv.view()));
-    CHECK(on_host(layer(part(0, d), part(d, d), part(2 * d, e))) == wanted);
+    const auto dq = to_device(q), dk = to_device(k), dv = to_device(v);
+    const auto wanted = to_host(layer(dq.view(), dk.view(), dv.view())).values;
+    CHECK(to_host(layer(part(0, d), part(d, d), part(2 * d, e))).values == wanted);
     // Columns that are not neighbours, as a transposed tensor has them.
     Tensor<float> turned({heads, d, n});
     for (index_t h = 0; h < heads; ++h)
         for (index_t i = 0; i < n; ++i)
             for (index_t c = 0; c < d; ++c) turned.values[static_cast<std::size_t>((h * d + c) * n + i)] = q.values[static_cast<std::size_t>((h * n + i) * d + c)];
-    const auto dt = on_device(turned);
-    CHECK(on_host(layer(tensor_view(dt.data(), {heads, n, d}, {d * n, 1, n}), dk.view(), dv.view())) == wanted);
+    const auto dt = to_device(turned);
+    CHECK(to_host(layer(tensor_view(dt.data(), {heads, n, d}, {d * n, 1, n}), dk.view(), dv.view())).values == wanted);
     // Out with strides, and added to what is there.
     const CudaTensor<float> out(std::vector<float>(static_cast<std::size_t>(heads * n * 10), 1.f).data(), {heads, n, 10});
     const auto target = tensor_view(out.data() + 1, {heads, n, e}, {n * 10, 10, 1});
     CudaOptions options;
     options.accumulate = true;
     layer.into(target, dq.view(), dk.view(), dv.view(), options);
-    const auto values = on_host(out);
+    const auto values = to_host(out).values;
     for (index_t i = 0; i < heads * n; ++i)
         for (index_t c = 0; c < 10; ++c) {
             const float got = values[static_cast<std::size_t>(i * 10 + c)];
@@ -80,7 +72,7 @@ TEST_CASE("strided and misaligned views give the bits of contiguous ones") {
 TEST_CASE("a workspace of the size that the layer tells: repeated calls allocate nothing, streams are used") {
     POLYATTN_RANDOM(random);
     const index_t n = 70;
-    const auto x = on_device(random.tensor<float>({2, n, 12})), d_out = on_device(random.tensor<float>({2, n, 12}));
+    const auto x = to_device(random.tensor<float>({2, n, 12})), d_out = to_device(random.tensor<float>({2, n, 12}));
     const auto layer = make_layer();
     cudaStream_t stream = nullptr;
     REQUIRE(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking) == cudaSuccess);
@@ -101,7 +93,7 @@ TEST_CASE("a workspace of the size that the layer tells: repeated calls allocate
     workspace.reserve(layer.backward_workspace_bytes(saved));
     CudaGradients<float> gradients = layer.backward(saved, d_out.view(), options);
     const std::size_t grown = workspace.capacity(), free = free_memory();
-    const auto first = on_host(gradients.k);
+    const auto first = to_host(gradients.k).values;
     for (int repeat = 0; repeat < 3; ++repeat) {
         layer.into(out.view(), x.view(), x.view(), x.view(), options);
         layer.forward_into(out.view(), saved, x.view(), x.view(), x.view(), options);
@@ -110,7 +102,7 @@ TEST_CASE("a workspace of the size that the layer tells: repeated calls allocate
     REQUIRE(cudaStreamSynchronize(stream) == cudaSuccess);
     CHECK(workspace.capacity() == grown);
     CHECK(free_memory() == free);
-    CHECK(on_host(gradients.k) == first);
+    CHECK(to_host(gradients.k).values == first);
     REQUIRE(cudaStreamDestroy(stream) == cudaSuccess);
 }
 
@@ -121,11 +113,11 @@ TEST_CASE("plans for each item and each head, and thrust's vectors") {
     std::vector<Plan> plans;
     for (std::uint64_t seed = 1; seed <= 4; ++seed) plans.push_back(LocalGlobalRandom{.window = 4, .globals = 2, .randoms = 3, .seed = seed}.plan(n, n));
     const auto host = random.tensor<float>({2, 2, n, d});
-    const auto x = on_device(host);
+    const auto x = to_device(host);
     CudaOptions options;
     options.item_plans = plans;
     const auto all = layer.forward(x.view(), x.view(), x.view(), options);
-    const auto out = on_host(all.out), gradient = on_host(layer.backward(all.saved, x.view()).v);
+    const auto out = to_host(all.out).values, gradient = to_host(layer.backward(all.saved, x.view()).v).values;
     for (std::size_t item = 0; item < 4; ++item) {
         const offset_t size = offset_t{n} * d;
         thrust::device_vector<float> values(host.values.begin() + static_cast<std::ptrdiff_t>(item) * size, host.values.begin() + static_cast<std::ptrdiff_t>(item + 1) * size);
@@ -133,8 +125,8 @@ TEST_CASE("plans for each item and each head, and thrust's vectors") {
         CudaOptions own;
         own.plan = plans[item];
         const auto one = layer.forward(view, view, view, own);
-        CHECK(on_host(one.out) == std::vector<float>(out.begin() + static_cast<std::ptrdiff_t>(item) * size, out.begin() + static_cast<std::ptrdiff_t>(item + 1) * size));
-        CHECK(on_host(layer.backward(one.saved, view).v) == std::vector<float>(gradient.begin() + static_cast<std::ptrdiff_t>(item) * size, gradient.begin() + static_cast<std::ptrdiff_t>(item + 1) * size));
+        CHECK(to_host(one.out).values == std::vector<float>(out.begin() + static_cast<std::ptrdiff_t>(item) * size, out.begin() + static_cast<std::ptrdiff_t>(item + 1) * size));
+        CHECK(to_host(layer.backward(one.saved, view).v).values == std::vector<float>(gradient.begin() + static_cast<std::ptrdiff_t>(item) * size, gradient.begin() + static_cast<std::ptrdiff_t>(item + 1) * size));
         CHECK(argument([&] { tensor_view(values, {n, d + 1}); }) == "extents");
     }
 }
@@ -143,13 +135,13 @@ TEST_CASE("samplers draw what they draw on the CPU") {
     POLYATTN_RANDOM(random);
     const index_t n = 40, d = 4;
     const auto host = random.tensor<float>({n, d});
-    const auto x = on_device(host);
+    const auto x = to_device(host);
     const Attention<Causal, LocallyBiased<4>, Cuda> layer{Causal{}, LocallyBiased<4>{}};
     CudaOptions options;
     options.draw = {.seed = random.seed(), .step = 3};
     CudaOptions planned;
     planned.plan = intersect(Causal{}.plan(n, n), LocallyBiased<4>{}.sample(n, n, options.draw, true));
-    CHECK(on_host(layer(x.view(), x.view(), x.view(), options)) == on_host(Attention<Cuda>{}(x.view(), x.view(), x.view(), planned)));
+    CHECK(to_host(layer(x.view(), x.view(), x.view(), options)).values == to_host(Attention<Cuda>{}(x.view(), x.view(), x.view(), planned)).values);
 }
 
 TEST_CASE("errors name the argument, or the call") {
