@@ -67,6 +67,42 @@ TEST_CASE_TEMPLATE("token by token is the causal layer", T, float, double) {
     check(Attention<Kernel<PositiveRandomFeatures, ExactOrMean>, Causal, Cuda>{}, 6, 5, false);
 }
 
+TEST_CASE("a step is kernels alone: recorded in a graph, it takes token after token") {
+    POLYATTN_RANDOM(random);
+    const index_t heads = 2, d = 6, e = 5, features = 19;
+    const Attention<Kernel<PositiveRandomFeatures>, Causal, Cuda> layer{Kernel<PositiveRandomFeatures>{.features = {.features = features, .seed = random.seed()}}};
+    cudaStream_t stream = nullptr;
+    REQUIRE(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking) == cudaSuccess);
+    CudaOptions options;
+    options.stream = stream;
+    auto state = layer.start<float>(1, heads, heads, d, e, stream), recorded = layer.start<float>(1, heads, heads, d, e, stream);
+    const CudaTensor<float> q({1, heads, 1, d}), k({1, heads, 1, d}), v({1, heads, 1, e}), out({1, heads, 1, e});
+    cudaGraph_t graph = nullptr;
+    cudaGraphExec_t step = nullptr;
+    REQUIRE(cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal) == cudaSuccess);
+    layer.step_into(out.view(), recorded, q.view(), k.view(), v.view(), options);
+    // What a copy from the host would read by then.
+    const std::vector<std::vector<float>> others(100, std::vector<float>(static_cast<std::size_t>(features * d), std::numeric_limits<float>::quiet_NaN()));
+    REQUIRE(cudaStreamEndCapture(stream, &graph) == cudaSuccess);
+    REQUIRE(cudaGraphInstantiate(&step, graph, 0) == cudaSuccess);
+    for (int t = 0; t < 5; ++t) {
+        const CudaTensor<float> next_q = draw<float>(random, q.shape()), next_k = draw<float>(random, k.shape()), next_v = draw<float>(random, v.shape());
+        const auto put = [&](const CudaTensor<float>& from, const CudaTensor<float>& to) {
+            REQUIRE(cudaMemcpyAsync(to.data(), from.data(), static_cast<std::size_t>(to.size()) * sizeof(float), cudaMemcpyDeviceToDevice, stream) == cudaSuccess);
+        };
+        put(next_q, q);
+        put(next_k, k);
+        put(next_v, v);
+        REQUIRE(cudaGraphLaunch(step, stream) == cudaSuccess);
+        const auto wanted = layer.step(state, next_q.view(), next_k.view(), next_v.view(), options);
+        REQUIRE(cudaStreamSynchronize(stream) == cudaSuccess);
+        CHECK(to_host(out).values == to_host(wanted).values);
+    }
+    REQUIRE(cudaGraphExecDestroy(step) == cudaSuccess);
+    REQUIRE(cudaGraphDestroy(graph) == cudaSuccess);
+    REQUIRE(cudaStreamDestroy(stream) == cudaSuccess);
+}
+
 TEST_CASE("errors of start() and step() name the argument") {
     POLYATTN_RANDOM(random);
     const Attention<Kernel<ReLU>, Causal, Cuda> layer;

@@ -48,8 +48,8 @@ struct CudaGradients {
     std::vector<double> compression = {};
 };
 
-/// What a causal kernel layer remembers of the tokens so far, on the device: sums of a fixed size for each head and hop, and the scratch memory of a step. Made
-/// by start(), moved on by step(). Belongs to one stream.
+/// What a causal kernel layer remembers of the tokens so far, on the device: sums of a fixed size for each head and hop, the directions of random features, and the
+/// scratch memory of a step. Made by start(), moved on by step(). Belongs to one stream.
 template <class T>
 class CudaRecurrentState {
 public:
@@ -64,7 +64,7 @@ private:
     index_t key_heads_ = 0, value_dim_ = 0, tokens_ = 0;
     std::size_t hop_count_ = 0;
     offset_t of_head_ = 0;  // numbers of one head's state
-    CudaTensor<T> sums_;
+    CudaTensor<T> sums_, directions_;
     CudaWorkspace workspace_;
 };
 
@@ -225,7 +225,7 @@ public:
             detail::cuda::with_workspace(call, [&](detail::cuda::Carver carver) { return work_backward(carver, saved, d, d_q, d_k, d_v, gradients.bias, call); });
     }
 
-    /// The state in front of the first token, for step(). Set to zero on the stream. Throws invalid_input, cuda_error.
+    /// The state in front of the first token, for step(). Set to zero on the stream, to which directions of random features are copied as well. Throws invalid_input, cuda_error.
     template <class T>
     CudaRecurrentState<T> start(index_t batch, index_t heads, index_t key_heads, index_t dim, index_t value_dim, cudaStream_t stream = nullptr) const {
         static_assert(kernel && detail::is_causal<Pattern>(), "polyattn: start() and step() are of causal kernel scores: Attention<Kernel<Features>, Causal>");
@@ -238,8 +238,13 @@ public:
         state.hop_count_ = recursion_.hops.size();
         // Rows that have to be copied.
         const auto rows = [&](index_t of_heads, index_t columns) { return TensorView<const T>{nullptr, {batch, of_heads, 1, columns}, {1, 1, 1, 2}, 4}; };
+        if constexpr (detail::has_directions<decltype(detail::bind_features(score_.features, dim))>) {
+            const std::vector<T> directions = detail::cuda::directions_by_columns<T>(*this->bind(rows(heads, dim), rows(key_heads, dim)));
+            resize(state.directions_, static_cast<offset_t>(directions.size()));
+            detail::cuda::check_cuda(cudaMemcpyAsync(state.directions_.data(), directions.data(), directions.size() * sizeof(T), cudaMemcpyHostToDevice, stream), "cudaMemcpyAsync of directions");
+        }
         detail::cuda::Carver counter;
-        with_step<T>(counter, rows(heads, dim), rows(key_heads, dim), rows(key_heads, value_dim), stream, [&](const auto& step, const auto&) {
+        with_step<T>(counter, rows(heads, dim), rows(key_heads, dim), rows(key_heads, value_dim), state.directions_.data(), stream, [&](const auto& step, const auto&) {
             state.of_head_ = step.size();
             resize(state.sums_, offset_t{batch} * heads * step.size());
         });
@@ -256,8 +261,7 @@ public:
         step_into(out.view(), state, q, k, v, options);
         return out;
     }
-    /// The same, written to `out`. Allocates nothing on the device and does not wait, but that directions of random features are copied from the host, for which CUDA
-    /// may wait.
+    /// The same, written to `out`. Allocates nothing on the device, copies nothing from the host and does not wait.
     template <class T, class Q, class K, class V>
     void step_into(const TensorView<T>& out, CudaRecurrentState<T>& state, const TensorView<Q>& q, const TensorView<K>& k, const TensorView<V>& v, const CudaOptions& options = {}) const {
         static_assert(std::is_same_v<common_element<Q, K, V>, T>, "polyattn: state and out must have the inputs' value type");
@@ -272,7 +276,7 @@ public:
         detail::cuda::require_device_memory(vv, "v");
         detail::cuda::require_device_memory(out, "out");
         detail::cuda::Carver carver(state.workspace_.data());
-        with_step<T>(carver, vq, vk, vv, options.stream, [&](const auto& step, const auto& values) {
+        with_step<T>(carver, vq, vk, vv, state.directions_.data(), options.stream, [&](const auto& step, const auto& values) {
             detail::require(step.size() == state.of_head_ && recursion_.hops.size() == state.hop_count_, "state", "one that start() of this layer made", "another's");
             step.run(recursion_, values, ++state.tokens_, state.sums_.data(), out);
         });
@@ -383,9 +387,9 @@ private:
         } else f(SoftmaxOperator<T, DeviceBias>(carver, call, runs, score_.factor(q.dim()), on_device(bias_, q.tokens(), k.tokens(), {&carver, call.stream}), logsumexp, backward));
     }
 
-    /// f(one token's step, rows of v).
+    /// f(one token's step, rows of v). `directions` are those of the state.
     template <class T, class F>
-    void with_step(detail::cuda::Carver& carver, const TensorView<const T>& q, const TensorView<const T>& k, const TensorView<const T>& v, cudaStream_t stream, F&& f) const {
+    void with_step(detail::cuda::Carver& carver, const TensorView<const T>& q, const TensorView<const T>& k, const TensorView<const T>& v, const T* directions, cudaStream_t stream, F&& f) const {
         using namespace detail::cuda;
         CudaOptions options;
         options.stream = stream;
@@ -393,7 +397,7 @@ private:
         const Rows<T> values = as_rows(v, q.heads(), carver, stream);
         const detail::ZeroRow zero = detail::zero_row(score_, !std::is_same_v<Diffusion, NoDiffusion>);
         const auto features = this->bind(q, k);
-        f(RecurrentStep<T, std::remove_const_t<decltype(features)>>(carver, call, v.dim(), features, zero, detail::epsilon_of(score_, zero), recursion_.hops.size()), values);
+        f(RecurrentStep<T, std::remove_const_t<decltype(features)>>(carver, call, v.dim(), features, directions, zero, detail::epsilon_of(score_, zero), recursion_.hops.size()), values);
     }
 
     /// Z_0 = start V enters only through the first hop, which takes the factor.

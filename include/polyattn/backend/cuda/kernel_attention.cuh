@@ -10,20 +10,32 @@ POLYATTN_BEGIN_NAMESPACE
 
 namespace detail::cuda {
 
+/// [dim][count] of random directions [count][dim].
+template <class T>
+std::vector<T> directions_by_columns(const RandomDirections& directions) {
+    std::vector<T> columns;
+    columns.reserve(directions.w.size());
+    for (std::size_t c = 0; c < static_cast<std::size_t>(directions.dim); ++c)
+        for (std::size_t f = 0; f < static_cast<std::size_t>(directions.count); ++f) columns.push_back(static_cast<T>(directions.w[f * static_cast<std::size_t>(directions.dim) + c]));
+    return columns;
+}
+
 /// phi of a call's queries and keys.
 template <class T, class Features>
 class KernelFeatures {
     static constexpr bool random = has_directions<Features>;
 
 public:
-    /// The carver may only count.
-    KernelFeatures(Carver& carver, const OperatorCall<T>& call, const Features& features, ZeroRow zero, bool causal) : call_(call), k_(call.k), features_(features), causal_(causal), mean_(zero == ZeroRow::mean), count_(call.dim) {
+    /// The carver may only count. Random directions are copied to the device by each make(), unless `known` holds them there by columns, for calls without gradients.
+    KernelFeatures(Carver& carver, const OperatorCall<T>& call, const Features& features, ZeroRow zero, bool causal, const T* known = nullptr)
+        : call_(call), k_(call.k), features_(features), causal_(causal), mean_(zero == ZeroRow::mean), count_(call.dim), known_(known) {
         k_.heads = call.key_heads;
         k_.group = 1;
         if constexpr (random) {
             count_ = features->count;
-            directions_ = carver.template take<T>(offset_t{count_} * call_.dim);
-            transposed_ = carver.template take<T>(offset_t{count_} * call_.dim);
+            const offset_t numbers = known ? 0 : offset_t{count_} * call_.dim;
+            directions_ = carver.template take<T>(numbers);
+            transposed_ = carver.template take<T>(numbers);
             largest_ = carver.template take<T>(offset_t{call_.batch} * call_.key_heads * feature_blocks(call_.keys));
         }
         width_ = padded<T>(count_ + (mean_ ? 1 : 0));
@@ -44,11 +56,7 @@ public:
 
     void make() const {
         if constexpr (random) {
-            std::vector<T> rows(features_->w.begin(), features_->w.end()), columns(rows.size());
-            for (index_t f = 0; f < count_; ++f)
-                for (index_t c = 0; c < call_.dim; ++c) columns[static_cast<std::size_t>(c * count_ + f)] = rows[static_cast<std::size_t>(f * call_.dim + c)];
-            check_cuda(cudaMemcpyAsync(directions_, rows.data(), rows.size() * sizeof(T), cudaMemcpyHostToDevice, call_.stream), "cudaMemcpyAsync of directions");
-            check_cuda(cudaMemcpyAsync(transposed_, columns.data(), columns.size() * sizeof(T), cudaMemcpyHostToDevice, call_.stream), "cudaMemcpyAsync of directions");
+            if (!known_) copy_directions();
         }
         make_features(key_arguments(), false);
         make_features(query_arguments(), true);
@@ -58,6 +66,11 @@ public:
     void key_gradient(const T* d_b, const Finish<T>& finish) const { through_features({key_arguments(), padded<T>(call_.dim), b_, d_b, call_.group(), nullptr, nullptr, nullptr, directions_, finish}); }
 
 private:
+    void copy_directions() const {
+        const std::vector<T> rows(features_->w.begin(), features_->w.end()), columns = directions_by_columns<T>(*features_);
+        check_cuda(cudaMemcpyAsync(directions_, rows.data(), rows.size() * sizeof(T), cudaMemcpyHostToDevice, call_.stream), "cudaMemcpyAsync of directions");
+        check_cuda(cudaMemcpyAsync(transposed_, columns.data(), columns.size() * sizeof(T), cudaMemcpyHostToDevice, call_.stream), "cudaMemcpyAsync of directions");
+    }
     static index_t feature_blocks(index_t tokens) { return (tokens + feature_block_rows - 1) / feature_block_rows; }
     FeatureArguments<T> query_arguments() const { return {call_.q, a_, call_.dim, count_, width_, call_.queries, call_.heads, 0, call_.query_lengths, false}; }
     FeatureArguments<T> key_arguments() const { return {k_, b_, call_.dim, count_, width_, call_.keys, call_.key_heads, 0, call_.key_lengths, mean_}; }
@@ -67,7 +80,7 @@ private:
             arguments.first_item = item;
             if constexpr (random) {
                 const index_t blocks = feature_blocks(arguments.tokens);
-                RandomFeatureArguments<T> given{arguments, transposed_, of_queries ? Shift::row : causal_ ? Shift::constant : Shift::head, static_cast<T>(features_->fixed_shift), largest_};
+                RandomFeatureArguments<T> given{arguments, known_ ? known_ : transposed_, of_queries ? Shift::row : causal_ ? Shift::constant : Shift::head, static_cast<T>(features_->fixed_shift), largest_};
                 const std::size_t shared = static_cast<std::size_t>(call_.dim) * feature_block_rows * sizeof(T);
                 launch("random_features", random_features<T>, dim3(static_cast<unsigned>(blocks), count), feature_threads, shared, call_.stream, given);
                 if (given.shift == Shift::head)
@@ -92,6 +105,7 @@ private:
     Features features_;
     bool causal_, mean_;
     index_t count_, width_ = 0;
+    const T* known_;
     T *directions_ = nullptr, *transposed_ = nullptr, *largest_ = nullptr, *a_, *b_;
 };
 

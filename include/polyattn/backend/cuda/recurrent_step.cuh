@@ -91,9 +91,9 @@ __global__ void __launch_bounds__(32 * recurrent_warps) recurrent_hop(const __gr
 template <class T, class Features>
 class RecurrentStep {
 public:
-    /// `call` has one query and one key. The carver may only count.
-    RecurrentStep(Carver& carver, const OperatorCall<T>& call, index_t value_columns, const Features& features, ZeroRow zero, double epsilon, std::size_t hops)
-        : call_(call), columns_(value_columns), features_(carver, call, features, zero, true), zero_(zero), epsilon_(epsilon),
+    /// `call` has one query and one key; `directions` are those of random features, by columns. The carver may only count.
+    RecurrentStep(Carver& carver, const OperatorCall<T>& call, index_t value_columns, const Features& features, const T* directions, ZeroRow zero, double epsilon, std::size_t hops)
+        : call_(call), columns_(value_columns), features_(carver, call, features, zero, true, directions), zero_(zero), epsilon_(epsilon),
           of_hop_((offset_t{features_.count()} + 1) * columns_), size_(features_.width() + static_cast<offset_t>(hops) * of_hop_) {
         denominators_ = carver.template take<T>(call.items());
         kinds_ = carver.template take<RecurrentRow>(call.items());
