@@ -16,8 +16,8 @@ namespace nn {
 /// order agree. Float or double. Belongs to one stream at a time.
 /// Weights of two maps that follow each other are multiplied once, when they come; queries are gathered by resolution and projected there,
 /// landmarks are means of tokens, projected. O(n d^2 (1 + sum_h 1 / L_h)) a pass, and O(H d^3) of upload() and of backward().
-/// Memory of a pass: a dozen rows of d columns for each place of one resolution, which has as many places an item as its fullest item has rows (softmax: as
-/// tokens), and for sums of weights' gradients two such weights and 17 MB (double: 8 MB) at most.
+/// Memory of a pass: a dozen rows of d columns for each place of one resolution, which has as many places an item as the fullest has rows (softmax: up to an
+/// eighth of the tokens more), and for sums of weights' gradients a few such weights and 17 MB (double: 8 MB) at most.
 /// Deterministic, without atomics on floating point. Source: AdaMRA (2021), equations 5 to 11.
 template <class T, index_t... L, class Router, class Score>
 class CudaAdaptiveMultiResolution<T, MultiResolution<SegmentMeans<L...>, Router, Score>> {
@@ -72,12 +72,12 @@ public:
             index_t* lengths = nullptr;  // of tokens, then of the landmarks of each resolution; null: all
             T* probabilities = nullptr;  // [rows][resolutions]
             T* context = nullptr;        // [rows][columns]: what the last map gets
-            T* logsumexp = nullptr;      // of softmax, [resolutions][batch x heads][tokens]
+            T* logsumexp = nullptr;      // of softmax, [batch x heads][places] of each resolution, with room for [tokens]
             std::uint32_t* draws = nullptr;  // hashes of dropout's draws, [resolutions x batch]; null: none are dropped
         };
         TensorView<const T> x_;
         detail::DropoutMask dropout_, output_dropout_;
-        std::vector<Plan> plans_;  // of softmax, for each resolution: what the device has of them stays
+        std::map<std::array<index_t, 2>, Plan> plans_;  // of softmax, by resolution and places: what the device has of them stays
         Kept kept_;
         CudaWorkspace memory_;
         std::vector<index_t> starts_;
@@ -197,6 +197,7 @@ private:
         saved.dropout_ = detail::DropoutMask(options.dropout, options.draw, 0);
         saved.starts_.clear();
         typename Saved::Kept& made = saved.kept_;
+        if (made.routes.rows.tokens != tokens) saved.plans_.clear();
         made = {};
         if (!options.key_lengths.empty()) made.lengths = carver.template take<index_t>(offset_t{batch} * (resolutions + 1));
         const detail::cuda::RoutedRows routed{batch, tokens, resolutions, {made.lengths, tokens}};
@@ -204,28 +205,29 @@ private:
         if (learned) made.probabilities = carver.template take<T>(offset_t{rows} * resolutions);
         made.context = carver.template take<T>(offset_t{rows} * blocks() * width_);
         if (saved.dropout_.drops_weights() || saved.dropout_.drops_values()) made.draws = carver.template take<std::uint32_t>(offset_t{batch} * resolutions);
-        if constexpr (!kernel) {
-            made.logsumexp = carver.template take<T>(offset_t{rows} * heads_ * resolutions);
-            if (saved.plans_.empty() || saved.plans_[0].queries() != tokens) {
-                saved.plans_.clear();
-                for (const index_t length : lengths) saved.plans_.push_back(inner_.plan(tokens, detail::segments(tokens, length)));
-            }
-        }
+        if (!kernel) made.logsumexp = carver.template take<T>(offset_t{rows} * heads_ * resolutions);
     }
 
-    /// f(resolution, places): places of an item for as many rows as the fullest item has there. Of softmax for all tokens: each number of places would have a plan of
-    /// its own, to be made and copied to the device, for which the host would wait. A carver that counts gets the most places that there might be: fewer never
-    /// take more memory.
+    /// Places of an item for the rows of the fullest. Each number of places has a plan of softmax, which is made and copied to the device once: eight at most.
+    static index_t places_for(index_t rows, index_t tokens) {
+        constexpr index_t side = detail::cuda::TileShape<T>::side;
+        if (kernel) return rows;
+        const index_t step = (tokens + 8 * side - 1) / (8 * side) * side;
+        return std::min(tokens, (rows + step - 1) / step * step);
+    }
+    /// f(resolution, places). A carver that counts gets the most places that there might be: fewer never take more memory.
     template <class F>
     static void for_each_resolution(const Carver& carver, const Saved& saved, F&& f) {
         const detail::cuda::RoutedRows& rows = saved.kept_.routes.rows;
         for (index_t h = 0; h < resolutions; ++h) {
-            index_t most = carver.counts() ? rows.tokens : 0;
-            for (index_t b = 0; b < rows.batch && !carver.counts(); ++b) {
-                const auto bucket = static_cast<std::size_t>(h * rows.batch + b);
-                most = std::max(most, saved.starts_[bucket + 1] - saved.starts_[bucket]);
-            }
-            if (most > 0) f(h, kernel ? most : rows.tokens);
+            index_t most = 0;
+            if (carver.counts()) most = rows.tokens;
+            else
+                for (index_t b = 0; b < rows.batch; ++b) {
+                    const auto bucket = static_cast<std::size_t>(h * rows.batch + b);
+                    most = std::max(most, saved.starts_[bucket + 1] - saved.starts_[bucket]);
+                }
+            if (most > 0) f(h, places_for(most, rows.tokens));
         }
     }
 
@@ -293,7 +295,7 @@ private:
         if constexpr (kernel) run(nullptr, nullptr);
         else {
             typename Inner::Plans plans;
-            plans.shared = saved.plans_[static_cast<std::size_t>(h)];
+            plans.shared = saved.plans_.at({h, path.places});
             run(Inner::template planned_items<T>(q, plans), carver.counts() ? nullptr : saved.kept_.logsumexp + offset_t{h} * routes.rows.rows() * heads_);
         }
     }
@@ -353,6 +355,8 @@ private:
         for_each_resolution(carver, saved, [&](index_t h, index_t places) {
             Carver scratch = carver;
             const Path path = make_path(scratch, saved, x, h, places, stream);
+            if constexpr (!kernel)
+                if (!saved.plans_.count({h, places})) saved.plans_.emplace(std::array{h, places}, inner_.plan(places, path.marks));
             const offset_t numbers = offset_t{batch} * places * width_;
             T* const out = scratch.template take<T>(numbers);
             with_operator(scratch, saved, path, h, false, stream, [&](const auto& op, const OperatorCall<T>&, const Rows<T>& values) {
