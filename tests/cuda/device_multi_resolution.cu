@@ -214,6 +214,43 @@ TEST_CASE("padding never counts, whatever it holds") {
     check(AllRecipe{}, draw_parameters<double>(random, 6, 3, false, 3));
 }
 
+TEST_CASE_TEMPLATE("sums over tokens: few chunks where there are many tiles, and never less memory for more tokens", T, float, double) {
+    POLYATTN_RANDOM(random);
+    const double u = sizeof(T) == 4 ? 0x1p-24 : 0x1p-53;
+    const index_t columns = 8, inner = 4;
+    const auto sum_of = [&](const T* z, const T* b, index_t items, index_t tokens) {
+        auto sum = detail::cuda::TokenSum<T>::of_rows(nullptr, columns, nullptr, inner, tokens);
+        sum.items = items;
+        sum.values = detail::cuda::packed_rows<T>(z, 1, offset_t{tokens} * columns, columns);
+        sum.other = detail::cuda::packed_rows<T>(b, 1, offset_t{tokens} * inner, inner);
+        return sum;
+    };
+    for (const auto& [items, tokens] : {std::pair{1, 1}, {2, 0}, {3, 67}, {1, 2100}, {600, 130}}) {
+        INFO(items, " items of ", tokens, " tokens");
+        const auto z = random.tensor<T>({offset_t{items} * tokens, columns}), b = random.tensor<T>({offset_t{items} * tokens, inner});
+        const CudaTensor<T> device_z = to_device(z), device_b = to_device(b), to(std::vector<T>(static_cast<std::size_t>(columns * inner), T(1)).data(), {columns, inner});
+        const auto sum = sum_of(device_z.data(), device_b.data(), items, tokens);
+        const CudaTensor<T> states({1, sum.states_size()});
+        detail::cuda::sum_over_tokens(sum, states.data(), to.view(), true, nullptr);
+        const auto got = to_host(to).values;
+        for (index_t r = 0; r < columns; ++r)
+            for (index_t c = 0; c < inner; ++c) {
+                double wanted = 1, sizes = 1;
+                for (index_t t = 0; t < items * tokens; ++t) {
+                    const double term = double(z.values[static_cast<std::size_t>(t * columns + r)]) * double(b.values[static_cast<std::size_t>(t * inner + c)]);
+                    wanted += term;
+                    sizes += std::abs(term);
+                }
+                CHECK(std::abs(double(got[static_cast<std::size_t>(r * inner + c)]) - wanted) <= 1.01 * (items * tokens + 2) * (u + 0x1p-53) * sizes);  // any order of the sum
+            }
+    }
+    for (const index_t items : {1, 7, 50, 2000})
+        for (index_t tokens = 0; tokens < 5000; ++tokens) {
+            const auto size = [&](index_t count) { return sum_of(nullptr, nullptr, items, count).states_size(); };
+            if (size(tokens) > size(tokens + 1)) FAIL_CHECK(items, " items of ", tokens, " tokens take more than one token more");
+        }
+}
+
 TEST_CASE("errors name the argument") {
     POLYATTN_RANDOM(random);
     using Layer = nn::CudaAdaptiveMultiResolution<float, StraightThroughRecipe>;
