@@ -3,6 +3,7 @@
 #include <polyattn/core/error.hpp>
 #include <polyattn/core/normal.hpp>
 #include <polyattn/core/rng.hpp>
+#include <polyattn/core/rounding.hpp>
 #include <polyattn/policy/compression/concept.hpp>
 
 #include <algorithm>
@@ -223,7 +224,7 @@ struct KMeans {
                 double distance = 0;
                 for (index_t c = 0; c < x.cols; ++c) {
                     const double apart = double(x(i, c)) - centroid[c];
-                    distance += apart * apart;
+                    distance += detail::rounded_product(apart, apart);
                 }
                 if (j == 0 || distance < best.second) best = {j, distance};
             }

@@ -1,5 +1,6 @@
 #pragma once
-// Patterns made from q and k, for each head: queries see the keys that fell into the same group. Gradients take the groups as fixed.
+// Patterns made from q and k, for each head: queries see the keys that fell into the same group. Gradients take the groups as fixed. plan_for() is groups, then
+// plan_of() of them; on Cuda the device finds the same groups. They are the same to the last bit for every compiler flag but -ffast-math.
 
 #include <polyattn/policy/compression/compression.hpp>
 #include <polyattn/policy/pattern/dense.hpp>
@@ -38,19 +39,24 @@ struct LocalitySensitiveHashing {
         detail::require(buckets >= 2 && buckets % 2 == 0, "buckets", "an even number >= 2", buckets);
         detail::require(rounds >= 1, "rounds", "a number >= 1", rounds);
     }
+    /// The random directions of a round, [buckets / 2][dim].
+    std::vector<double> directions(index_t round, index_t dim) const {
+        RandomRow random(seed, static_cast<std::uint32_t>(round), random_stream::hash_directions);
+        std::vector<double> drawn(static_cast<std::size_t>(buckets / 2) * static_cast<std::size_t>(dim));
+        for (double& entry : drawn) entry = normal_deviate(random.next()) * 0x1p-24;
+        return drawn;
+    }
     /// Buckets of the first `valid` rows in a round.
     template <class T>
     std::vector<index_t> buckets_of(MatrixView<const T> x, index_t valid, index_t round) const {
         const index_t half = buckets / 2;
-        RandomRow random(seed, static_cast<std::uint32_t>(round), random_stream::hash_directions);
-        std::vector<double> directions(static_cast<std::size_t>(half) * static_cast<std::size_t>(x.cols));
-        for (double& entry : directions) entry = normal_deviate(random.next()) * 0x1p-24;
+        const std::vector<double> drawn = directions(round, x.cols);
         std::vector<index_t> found(static_cast<std::size_t>(valid));
         for (index_t i = 0; i < valid; ++i) {
             double most = 0;
             for (index_t r = 0; r < half; ++r) {
                 double dot = 0;
-                for (index_t c = 0; c < x.cols; ++c) dot += directions[static_cast<std::size_t>(r) * static_cast<std::size_t>(x.cols) + static_cast<std::size_t>(c)] * double(x(i, c));
+                for (index_t c = 0; c < x.cols; ++c) dot += detail::rounded_product(drawn[static_cast<std::size_t>(r) * static_cast<std::size_t>(x.cols) + static_cast<std::size_t>(c)], double(x(i, c)));
                 if (r == 0 || std::abs(dot) > most) {
                     most = std::abs(dot);
                     found[static_cast<std::size_t>(i)] = dot >= 0 ? r : half + r;
@@ -61,30 +67,42 @@ struct LocalitySensitiveHashing {
     }
     template <class T>
     Plan plan_for(MatrixView<const T> q, MatrixView<const T> k, index_t valid_queries, index_t valid_keys, const Draw&) const {
-        std::vector<std::vector<index_t>> of_query, of_key, members;
+        std::vector<index_t> of_query, of_key;
+        const auto append = [](std::vector<index_t>& to, const std::vector<index_t>& more) { to.insert(to.end(), more.begin(), more.end()); };
         for (index_t round = 0; round < rounds; ++round) {
-            of_query.push_back(buckets_of(q, valid_queries, round));
-            of_key.push_back(buckets_of(k, valid_keys, round));
+            append(of_query, buckets_of(q, valid_queries, round));
+            append(of_key, buckets_of(k, valid_keys, round));
         }
-        const Plan first = detail::same_group(of_query[0], of_key[0], buckets, q.rows, k.rows);
+        return plan_of(of_query, of_key, q.rows, k.rows);
+    }
+    /// The plan of buckets [rounds][valid queries] and [rounds][valid keys].
+    Plan plan_of(std::span<const index_t> of_query, std::span<const index_t> of_key, index_t queries, index_t keys) const {
+        const auto in_round = [&](std::span<const index_t> of, index_t round) {
+            const std::size_t valid = of.size() / static_cast<std::size_t>(rounds);
+            return of.subspan(static_cast<std::size_t>(round) * valid, valid);
+        };
+        const Plan first = detail::same_group(in_round(of_query, 0), in_round(of_key, 0), buckets, queries, keys);
         // What later rounds add are edges: few pairs share several of their buckets.
         Edges more;
         more.offsets.assign(1, 0);
+        std::vector<std::vector<index_t>> members;
         for (index_t round = 1; round < rounds; ++round)
-            for (auto& bucket : detail::members_of(of_key[static_cast<std::size_t>(round)], buckets)) members.push_back(std::move(bucket));
-        for (index_t i = 0; i < q.rows; ++i) {
+            for (auto& bucket : detail::members_of(in_round(of_key, round), buckets)) members.push_back(std::move(bucket));
+        const auto valid_queries = static_cast<index_t>(in_round(of_query, 0).size());
+        for (index_t i = 0; i < queries; ++i) {
             const auto start = static_cast<std::ptrdiff_t>(more.keys.size());
-            for (std::size_t round = 1; i < valid_queries && round < of_query.size(); ++round)
-                for (const index_t j : members[(round - 1) * static_cast<std::size_t>(buckets) + static_cast<std::size_t>(of_query[round][static_cast<std::size_t>(i)])]) {
+            for (index_t round = 1; i < valid_queries && round < rounds; ++round)
+                for (const index_t j : members[static_cast<std::size_t>(round - 1) * static_cast<std::size_t>(buckets) + static_cast<std::size_t>(in_round(of_query, round)[static_cast<std::size_t>(i)])]) {
                     bool known = false;
-                    for (std::size_t before = 0; before < round && !known; ++before) known = of_query[before][static_cast<std::size_t>(i)] == of_key[before][static_cast<std::size_t>(j)];
+                    for (index_t before = 0; before < round && !known; ++before)
+                        known = in_round(of_query, before)[static_cast<std::size_t>(i)] == in_round(of_key, before)[static_cast<std::size_t>(j)];
                     if (!known) more.keys.push_back(j);
                 }
             std::sort(more.keys.begin() + start, more.keys.end());
             more.offsets.push_back(more.count());
         }
-        const Plan all(q.rows, k.rows, {first.tiles().begin(), first.tiles().end()}, std::move(more));
-        return causal ? intersect(all, Causal{}.plan(q.rows, k.rows)) : all;
+        const Plan all(queries, keys, {first.tiles().begin(), first.tiles().end()}, std::move(more));
+        return causal ? intersect(all, Causal{}.plan(queries, keys)) : all;
     }
 };
 
@@ -102,11 +120,14 @@ struct RoutedClusters {
     Plan plan_for(MatrixView<const T> q, MatrixView<const T> k, index_t valid_queries, index_t valid_keys, const Draw&) const {
         const MatrixView<const T> keys = detail::row_range(k, 0, valid_keys);
         const KMeans::Bound bound = KMeans{clusters, iterations}.bind(keys);
-        const auto count = static_cast<index_t>(bound.sizes.size());
-        if (count == 0) return Plan(q.rows, k.rows, {}, {});
-        std::vector<index_t> of_query(static_cast<std::size_t>(valid_queries));
+        std::vector<index_t> of_query(static_cast<std::size_t>(valid_queries), 0);
         for (index_t i = 0; i < valid_queries; ++i) of_query[static_cast<std::size_t>(i)] = bound.nearest(q, i).first;
-        return detail::same_group(of_query, bound.cluster, count, q.rows, k.rows);
+        return plan_of(of_query, bound.cluster, q.rows, k.rows);
+    }
+    /// The plan of the valid queries' and keys' clusters.
+    Plan plan_of(std::span<const index_t> of_query, std::span<const index_t> of_key, index_t queries, index_t keys) const {
+        const index_t count = std::min(clusters, static_cast<index_t>(of_key.size()));
+        return count == 0 ? Plan(queries, keys, {}, {}) : detail::same_group(of_query, of_key, count, queries, keys);
     }
 };
 
@@ -125,9 +146,9 @@ struct SinkhornBlocks {
         detail::require(iterations >= 0, "iterations", "a number >= 0", iterations);
         detail::require_in_range(temperature, 1e-3, 1e3, "temperature", "a number from 0.001 to 1000");
     }
-    /// The doubly stochastic matrix, [blocks][blocks]. Source: equation 2, in logarithms.
+    /// Products of the blocks' mean queries and keys, over the temperature, [blocks][blocks].
     template <class T>
-    std::vector<double> matching_weights(MatrixView<const T> q, MatrixView<const T> k, index_t valid) const {
+    std::vector<double> block_products(MatrixView<const T> q, MatrixView<const T> k, index_t valid) const {
         const index_t blocks = detail::segments(valid, block);
         const auto mean = [&](MatrixView<const T> x, index_t b, index_t c) {
             double sum = 0;
@@ -135,8 +156,8 @@ struct SinkhornBlocks {
             for (index_t i = b * block; i < last; ++i) sum += double(x(i, c));
             return sum / (last - b * block);
         };
-        std::vector<double> logits(static_cast<std::size_t>(blocks) * static_cast<std::size_t>(blocks), 0);
-        const auto at = [&](index_t a, index_t b) -> double& { return logits[static_cast<std::size_t>(a) * static_cast<std::size_t>(blocks) + static_cast<std::size_t>(b)]; };
+        std::vector<double> products;
+        products.reserve(static_cast<std::size_t>(blocks) * static_cast<std::size_t>(blocks));
         std::vector<double> q_means, k_means;
         for (index_t b = 0; b < blocks; ++b)
             for (index_t c = 0; c < q.cols; ++c) {
@@ -145,9 +166,19 @@ struct SinkhornBlocks {
             }
         for (index_t a = 0; a < blocks; ++a)
             for (index_t b = 0; b < blocks; ++b) {
-                for (index_t c = 0; c < q.cols; ++c) at(a, b) += q_means[static_cast<std::size_t>(a * q.cols + c)] * k_means[static_cast<std::size_t>(b * q.cols + c)];
-                at(a, b) /= temperature;
+                double product = 0;
+                for (index_t c = 0; c < q.cols; ++c) product += detail::rounded_product(q_means[static_cast<std::size_t>(a * q.cols + c)], k_means[static_cast<std::size_t>(b * q.cols + c)]);
+                products.push_back(product / temperature);
             }
+        return products;
+    }
+    template <class T>
+    std::vector<double> matching_weights(MatrixView<const T> q, MatrixView<const T> k, index_t valid) const {
+        return matching_weights(block_products(q, k, valid), detail::segments(valid, block));
+    }
+    /// The doubly stochastic matrix, [blocks][blocks]. Source: equation 2, in logarithms.
+    std::vector<double> matching_weights(std::vector<double> logits, index_t blocks) const {
+        const auto at = [&](index_t a, index_t b) -> double& { return logits[static_cast<std::size_t>(a) * static_cast<std::size_t>(blocks) + static_cast<std::size_t>(b)]; };
         const auto normalise = [&](auto&& entry) {
             for (index_t a = 0; a < blocks; ++a) {
                 double highest = entry(a, 0), sum = 0;
@@ -166,8 +197,13 @@ struct SinkhornBlocks {
     template <class T>
     Plan plan_for(MatrixView<const T> q, MatrixView<const T> k, index_t valid_queries, index_t valid_keys, const Draw&) const {
         detail::require_square("SinkhornBlocks", q.rows, k.rows);
-        const index_t valid = std::min(valid_queries, valid_keys), blocks = detail::segments(valid, block);
-        const std::vector<double> weights = matching_weights(q, k, valid);
+        const index_t valid = std::min(valid_queries, valid_keys);
+        return plan_of(block_products(q, k, valid), valid, q.rows);
+    }
+    /// The plan of the products of the valid tokens' blocks.
+    Plan plan_of(std::vector<double> products, index_t valid, index_t tokens) const {
+        const index_t blocks = detail::segments(valid, block);
+        const std::vector<double> weights = matching_weights(std::move(products), blocks);
         std::vector<std::size_t> order(weights.size());
         std::iota(order.begin(), order.end(), std::size_t{0});
         std::stable_sort(order.begin(), order.end(), [&](std::size_t a, std::size_t b) { return weights[a] > weights[b]; });
@@ -179,7 +215,7 @@ struct SinkhornBlocks {
             match[row] = static_cast<index_t>(column);
             taken[column] = true;
         }
-        PlanBuilder builder(q.rows, k.rows);
+        PlanBuilder builder(tokens, tokens);
         for (index_t b = 0; b < blocks; ++b) {
             std::vector<index_t> keys;
             const index_t other = match[static_cast<std::size_t>(b)];
