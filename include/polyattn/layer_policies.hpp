@@ -148,6 +148,20 @@ protected:
 
     template <class T>
     Plans check(const TensorView<const T>& q, const TensorView<const T>& k, const TensorView<const T>& v, const CallOptions& options) const {
+        return check(q, k, v, options, [&] {
+            std::vector<Plan> drawn(static_cast<std::size_t>(offset_t{q.batch()} * q.heads()));
+            if constexpr (data_dependent)
+                parallel_for(static_cast<offset_t>(drawn.size()), [&](offset_t item, int) {
+                    const auto b = static_cast<index_t>(item / q.heads()), h = static_cast<index_t>(item % q.heads());
+                    const Valid valid = valid_of(options, b, q.tokens(), k.tokens());
+                    drawn[static_cast<std::size_t>(item)] = pattern_.plan_for(q.head(b, h), k.head(b, h / (q.heads() / k.heads())), valid.queries, valid.keys, options.draw);
+                });
+            return drawn;
+        });
+    }
+    /// With plans_of_heads(): the plans of all (batch, head) of a pattern that depends on q and k.
+    template <class T, class PlansOfHeads>
+    Plans check(const TensorView<const T>& q, const TensorView<const T>& k, const TensorView<const T>& v, const CallOptions& options, [[maybe_unused]] PlansOfHeads&& plans_of_heads) const {
         check_shapes(q, k, v);
         check_lengths(options.key_lengths, q.batch(), k.tokens(), "key_lengths");
         check_lengths(options.query_lengths, q.batch(), q.tokens(), "query_lengths");
@@ -161,12 +175,7 @@ protected:
         Plans plans = plans_for(options, q.batch(), q.heads(), q.tokens(), k.tokens());
         if constexpr (data_dependent)
             if (!plans.shared && plans.items.empty()) {
-                plans.drawn.resize(static_cast<std::size_t>(offset_t{q.batch()} * q.heads()));
-                parallel_for(static_cast<offset_t>(plans.drawn.size()), [&](offset_t item, int) {
-                    const auto b = static_cast<index_t>(item / q.heads()), h = static_cast<index_t>(item % q.heads());
-                    const Valid valid = valid_of(options, b, q.tokens(), k.tokens());
-                    plans.drawn[static_cast<std::size_t>(item)] = pattern_.plan_for(q.head(b, h), k.head(b, h / (q.heads() / k.heads())), valid.queries, valid.keys, options.draw);
-                });
+                plans.drawn = plans_of_heads();
                 plans.items = plans.drawn;
             }
         return plans;

@@ -10,6 +10,7 @@
 #include <polyattn/policy/diffusion/diffusion.hpp>
 #include <polyattn/policy/pattern/big_bird.hpp>
 #include <polyattn/policy/pattern/combine.hpp>
+#include <polyattn/policy/pattern/data_dependent.hpp>
 #include <polyattn/policy/pattern/dense.hpp>
 #include <polyattn/policy/pattern/edge_list.hpp>
 #include <polyattn/policy/pattern/grid.hpp>

@@ -26,9 +26,6 @@ namespace detail::cuda {
     template __global__ void random_features<T>(const __grid_constant__ RandomFeatureArguments<T>);                     \
     template __global__ void recurrent_denominators<T>(const __grid_constant__ RecurrentDenominators<T>);               \
     template __global__ void recurrent_hop<T>(const __grid_constant__ RecurrentHop<T>);                                 \
-    template __global__ void find_centroids<T>(const __grid_constant__ ClusterArguments<T>, bool);                      \
-    template __global__ void find_nearest<T>(const __grid_constant__ ClusterArguments<T>);                              \
-    template __global__ void sort_by_cluster<T>(const __grid_constant__ ClusterArguments<T>);                           \
     template __global__ void choose_routes<T>(const __grid_constant__ RoutedRows, const T*, T*, index_t*);              \
     template __global__ void gather_rows<T>(const __grid_constant__ BucketRows<T>);                                     \
     template __global__ void scatter_rows<T>(const __grid_constant__ BucketRows<T>);                                    \
@@ -36,6 +33,18 @@ namespace detail::cuda {
     template __global__ void router_gradient<T>(const __grid_constant__ RouterGradientArguments<T>);
 POLYATTN_KERNELS(float)
 POLYATTN_KERNELS(double)
+
+#define POLYATTN_GROUP_KERNELS(T)                                                                                                                  \
+    template __global__ void find_centroids<T>(const __grid_constant__ ClusterArguments<T>, bool);                                                 \
+    template __global__ void find_nearest<T>(const __grid_constant__ ClusterArguments<T>, const __grid_constant__ ClusteredRows<T>);               \
+    template __global__ void sort_by_cluster<T>(const __grid_constant__ ClusterArguments<T>);                                                      \
+    template __global__ void hash_rows<T>(const __grid_constant__ HashArguments<T>);                                                               \
+    template __global__ void block_means<T>(const __grid_constant__ BlockMeanArguments<T>);
+POLYATTN_GROUP_KERNELS(float)
+POLYATTN_GROUP_KERNELS(double)
+POLYATTN_GROUP_KERNELS(__half)
+POLYATTN_GROUP_KERNELS(__nv_bfloat16)
+template __global__ void multiply_blocks<double>(const __grid_constant__ BlockProductArguments<double>);
 
 #define POLYATTN_HALF_KERNELS(T)                                                                                \
     template __global__ void apply_tiles_half<T, NoBias>(const __grid_constant__ TileArguments<T, NoBias>);     \

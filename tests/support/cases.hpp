@@ -24,6 +24,7 @@ struct Case {
     index_t batch = 1, heads = 1, key_heads = 1;
     CallOptions options = {};
     double scale = 1;
+    bool plans_itself = false;  // the layers' pattern does, from q and k: `plan` has the numbers of queries and keys alone
 };
 
 /// |got - exact| <= bound for all entries; in double the reference rounds as well.
@@ -52,7 +53,7 @@ void check_case(const Case& c, Random& random, bool backward, const Layer& fast,
                v = random.tensor<T>({c.batch, c.key_heads, keys, c.e}), d_out = random.tensor<T>({c.batch, c.heads, n, c.e});
     const auto q2 = in_double(q), k2 = in_double(k), v2 = in_double(v), d_out2 = in_double(d_out);
     CallOptions options = c.options;
-    options.plan = c.plan;
+    if (!c.plans_itself) options.plan = c.plan;
     const auto out = fast(q.view(), k.view(), v.view(), options);
     const auto [exact_out, exact_saved] = exact.forward(q2.view(), k2.view(), v2.view(), options);
 
@@ -65,7 +66,7 @@ void check_case(const Case& c, Random& random, bool backward, const Layer& fast,
             const index_t key_length = options.key_lengths.empty() ? keys : options.key_lengths[static_cast<std::size_t>(b)];
             const index_t query_length = !options.query_lengths.empty() ? options.query_lengths[static_cast<std::size_t>(b)] : n == keys ? key_length : n;
             const detail::Head<double, decltype(bound_bias)> head{std::as_const(q2).view().head(b, h), std::as_const(k2).view().head(b, kh), std::as_const(v2).view().head(b, kh),
-                                                                 &c.plan, &c.recursion, &bound_bias, 1 / std::sqrt(double(c.d)), b, h, query_length, key_length,
+                                                                 &exact_saved.plan(b, h), &c.recursion, &bound_bias, 1 / std::sqrt(double(c.d)), b, h, query_length, key_length,
                                                                  detail::DropoutMask(options.dropout, options.draw, offset_t{b} * c.heads + h), 0};
             const auto d_view = std::as_const(d_out2).view().head(b, h);
             const Bounds2D bounds = error_bounds(head, &d_view, unit<T>);

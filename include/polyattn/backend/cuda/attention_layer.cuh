@@ -2,6 +2,7 @@
 // Attention<..., Cuda>: the stages in order, as launches on the caller's stream. A recursion asks an operator for A Z, A^T G and the gradient of A;
 // the operators are softmax_operator.cuh and kernel_attention.cuh; step() is recurrent_step.cuh.
 
+#include <polyattn/backend/cuda/groups.cuh>
 #include <polyattn/backend/cuda/recurrent_step.cuh>
 #include <polyattn/backend/cuda/softmax_operator.cuh>
 #include <polyattn/backend/cuda/tensor.cuh>
@@ -119,7 +120,10 @@ class AttentionLayer<Pattern, Sampler, Diffusion, Score, Bias, Cuda> : public de
     using Base = detail::LayerPolicies<Pattern, Sampler, Diffusion, Score, Bias>;
     using typename Base::Plans;
     using Base::bias_, Base::check_shapes, Base::kernel, Base::recursion_, Base::require_shape, Base::score_;
-    static_assert(!DataDependentPattern<Pattern>, "polyattn::Attention: a pattern that depends on q and k is planned on the CPU; give Cuda its plans in CudaOptions::item_plans");
+    static constexpr bool groups_tokens = detail::cuda::GroupedOnDevice<Pattern>;
+    static_assert(!DataDependentPattern<Pattern> || groups_tokens,
+                  "polyattn::Attention: Cuda finds the groups of LocalitySensitiveHashing, RoutedClusters and SinkhornBlocks on the device; plan_for() of your own pattern reads q and k on the host: "
+                  "use Simd<>, or Attention<Cuda> with its plans in CudaOptions::item_plans");
 
 public:
     template <class T>
@@ -184,7 +188,7 @@ public:
         saved.q_ = q;
         saved.k_ = k;
         saved.v_ = v;
-        Plans plans = Base::check(saved.q_, saved.k_, saved.v_, options);
+        Plans plans = check(saved.q_, saved.k_, saved.v_, options);
         saved.options_ = options;
         if (!plans.drawn.empty()) saved.options_.item_plans = std::move(plans.drawn);
         else if (options.item_plans.empty()) saved.options_.plan = std::move(plans.shared);
@@ -282,13 +286,16 @@ public:
         });
     }
 
-    /// Bytes of workspace that the same call takes. Throws invalid_input.
+    /// Bytes of workspace that the same call takes; a pattern that depends on q and k plans for it as the call does. Throws invalid_input.
     template <class Q, class K, class V>
     std::size_t workspace_bytes(const TensorView<Q>& q, const TensorView<K>& k, const TensorView<V>& v, const CudaOptions& options = {}) const {
         using T = common_element<Q, K, V>;
         const TensorView<const T> vq = q, vk = k, vv = v;
-        const Plans plans = Base::check(vq, vk, vv, options);
-        return work<T>({}, vq, vk, vv, {}, plans, options, static_cast<Number<T>*>(nullptr), nullptr, false);
+        const Plans plans = check(vq, vk, vv, options);
+        std::size_t bytes = work<T>({}, vq, vk, vv, {}, plans, options, static_cast<Number<T>*>(nullptr), nullptr, false);
+        if constexpr (groups_tokens)
+            if (!plans.drawn.empty()) bytes = std::max(bytes, find_groups({}, vq, vk, vv, options).first);
+        return bytes;
     }
     /// Bytes of workspace that backward() takes.
     template <class T>
@@ -330,7 +337,7 @@ private:
     template <class T>
     void run(const TensorView<const T>& q, const TensorView<const T>& k, const TensorView<const T>& v, const TensorView<T>& out, const CudaOptions& options, Number<T>* logsumexp, CudaSaved<T>* saved,
              bool accumulate) const {
-        const Plans plans = Base::check(q, k, v, options);
+        const Plans plans = check(q, k, v, options);
         require_shape(out, {q.extents[0], q.extents[1], q.extents[2], v.extents[3]}, q.rank, "out");
         if constexpr (std::is_same_v<T, __nv_bfloat16>) {
             cudaFuncAttributes attributes{};
@@ -342,6 +349,35 @@ private:
         detail::cuda::require_device_memory(v, "v");
         detail::cuda::require_device_memory(out, "out");
         detail::cuda::with_workspace(options, [&](detail::cuda::Carver carver) { return work<T>(carver, q, k, v, out, plans, options, logsumexp, saved, accumulate); });
+        // Plans of this call alone go with it, and what the device has of them.
+        if (!plans.drawn.empty()) detail::cuda::check_cuda(cudaStreamSynchronize(options.stream), "cudaStreamSynchronize");
+    }
+
+    template <class T>
+    Plans check(const TensorView<const T>& q, const TensorView<const T>& k, const TensorView<const T>& v, const CudaOptions& options) const {
+        if constexpr (!groups_tokens) return Base::check(q, k, v, options);
+        else
+            return Base::check(q, k, v, options, [&] {
+                detail::cuda::require_device_memory(q, "q");
+                detail::cuda::require_device_memory(k, "k");
+                std::vector<Plan> plans;
+                detail::cuda::with_workspace(options, [&](detail::cuda::Carver carver) {
+                    auto [bytes, found] = find_groups(carver, q, k, v, options);
+                    plans = std::move(found);
+                    return bytes;
+                });
+                return plans;
+            });
+    }
+    /// The bytes that it takes, and, with a carver that does not only count, plans from q and k. Waits for the stream.
+    template <class T>
+    std::pair<std::size_t, std::vector<Plan>> find_groups(detail::cuda::Carver carver, const TensorView<const T>& q, const TensorView<const T>& k, const TensorView<const T>& v, const CudaOptions& options) const {
+        const auto call = make_call(carver, q, k, v, options);
+        auto plans = detail::cuda::plans_on_device(carver, Base::pattern_, call, [&](index_t b) {
+            const auto valid = Base::valid_of(options, b, q.tokens(), k.tokens());
+            return std::pair{valid.queries, valid.keys};
+        });
+        return {carver.used(), std::move(plans)};
     }
 
     template <class T>

@@ -1,7 +1,7 @@
 #pragma once
 // Compressions on the device: rows of tokens to rows of landmarks, the adjoint, and the gradient of a learned table. Every sum has a fixed order.
 
-#include <polyattn/backend/cuda/rows.cuh>
+#include <polyattn/backend/cuda/clusters.cuh>
 #include <polyattn/policy/compression/compression.hpp>
 
 #include <cub/block/block_reduce.cuh>
@@ -196,101 +196,6 @@ void compress_with(const Form& form, CompressArguments<T> arguments) {
 }
 
 template <class T>
-struct ClusterArguments {
-    Rows<T> keys;
-    CompressionCall call;  // of keys
-    index_t clusters, first_item;
-    index_t *cluster, *order;       // [items][tokens]
-    index_t *sizes, *starts;        // [items][clusters], [items][clusters + 1]
-    double *centroids, *distances;  // [items][clusters][columns], [items][tokens]
-
-    __device__ index_t item(unsigned block) const { return first_item + static_cast<index_t>(block); }
-    __device__ index_t valid(index_t item) const { return call.lengths(item / call.heads); }
-    __device__ double key(index_t item, index_t i, index_t c) const { return double(keys.head(item)[i * keys.row_stride + c]); }
-};
-
-inline constexpr int cluster_threads = 256;
-
-// Lloyd's iterations in double and without contraction, so that clusters are those of the CPU.
-
-/// A centroid a warp: evenly spaced keys at `first`, then the mean of the cluster.
-template <class T>
-__global__ void __launch_bounds__(cluster_threads) find_centroids(const __grid_constant__ ClusterArguments<T> a, bool first) {
-    const index_t item = a.item(blockIdx.y), n = a.valid(item), count = min(a.clusters, n), j = static_cast<index_t>((blockIdx.x * cluster_threads + threadIdx.x) / 32);
-    if (j >= count) return;
-    double* const centroid = a.centroids + (offset_t{item} * a.clusters + j) * a.call.columns;
-    const index_t chosen = first ? static_cast<index_t>(offset_t{n} * j / count) : 0;
-    const index_t* const order = a.order + offset_t{item} * a.call.tokens;
-    const index_t* const starts = a.starts + offset_t{item} * (a.clusters + 1);
-    for (auto c = static_cast<index_t>(threadIdx.x % 32); c < a.call.columns; c += 32) {
-        double sum = first ? a.key(item, chosen, c) : 0;
-        if (!first)
-            for (index_t at = starts[j]; at < starts[j + 1]; ++at) sum = __dadd_rn(sum, a.key(item, order[at], c));
-        centroid[c] = first ? sum : __ddiv_rn(sum, double(starts[j + 1] - starts[j]));
-    }
-}
-
-/// A key's nearest centroid, the first of equal ones, a key a thread.
-template <class T>
-__global__ void __launch_bounds__(cluster_threads) find_nearest(const __grid_constant__ ClusterArguments<T> a) {
-    const index_t item = a.item(blockIdx.y), n = a.valid(item), count = min(a.clusters, n), i = static_cast<index_t>(blockIdx.x * cluster_threads + threadIdx.x);
-    if (i >= n) return;
-    const double* centroid = a.centroids + offset_t{item} * a.clusters * a.call.columns;
-    index_t nearest = 0;
-    double shortest = 0;
-    for (index_t j = 0; j < count; ++j, centroid += a.call.columns) {
-        double distance = 0;
-        for (index_t c = 0; c < a.call.columns; ++c) {
-            const double apart = __dsub_rn(a.key(item, i, c), centroid[c]);
-            distance = __dadd_rn(distance, __dmul_rn(apart, apart));
-        }
-        if (j == 0 || distance < shortest) {
-            shortest = distance;
-            nearest = j;
-        }
-    }
-    a.cluster[offset_t{item} * a.call.tokens + i] = nearest;
-    a.distances[offset_t{item} * a.call.tokens + i] = shortest;
-}
-
-/// Keys by cluster, a head a block. What is rare, a cluster that runs empty and takes the farthest key, is done by one thread.
-template <class T>
-__global__ void __launch_bounds__(cluster_threads) sort_by_cluster(const __grid_constant__ ClusterArguments<T> a) {
-    const index_t item = a.item(blockIdx.x), n = a.valid(item), count = min(a.clusters, n), thread = static_cast<index_t>(threadIdx.x);
-    index_t* const cluster = a.cluster + offset_t{item} * a.call.tokens;
-    index_t* const sizes = a.sizes + offset_t{item} * a.clusters;
-    index_t* const starts = a.starts + offset_t{item} * (a.clusters + 1);
-    for (index_t j = thread; j < count; j += cluster_threads) {
-        index_t size = 0;
-        for (index_t i = 0; i < n; ++i) size += cluster[i] == j;
-        sizes[j] = size;
-    }
-    __syncthreads();
-    if (thread == 0) {
-        double* const distances = a.distances + offset_t{item} * a.call.tokens;
-        for (index_t j = 0; j < count; ++j) {
-            if (sizes[j] > 0) continue;
-            index_t farthest = -1;
-            for (index_t i = 0; i < n; ++i)
-                if (sizes[cluster[i]] > 1 && (farthest < 0 || distances[i] > distances[farthest])) farthest = i;
-            --sizes[cluster[farthest]];
-            cluster[farthest] = j;
-            distances[farthest] = 0;
-            sizes[j] = 1;
-        }
-        starts[0] = 0;
-        for (index_t j = 0; j < count; ++j) starts[j + 1] = starts[j] + sizes[j];
-    }
-    __syncthreads();
-    index_t* const order = a.order + offset_t{item} * a.call.tokens;
-    for (index_t j = thread; j < count; j += cluster_threads) {
-        index_t at = starts[j];
-        for (index_t i = 0; i < n; ++i)
-            if (cluster[i] == j) order[at++] = i;
-    }
-}
-
-template <class T>
 struct ProjectArguments {
     const T* table;         // [others][own, padded]
     index_t table_columns;
@@ -398,14 +303,9 @@ public:
         [[maybe_unused]] const index_t tokens = tokens_;
         [[maybe_unused]] const cudaStream_t stream = keys.stream;
         if constexpr (clusters) {
-            const offset_t items = offset_t{keys.batch} * keys.heads;
             entries_ = keys.landmarks;
-            cluster_ = carver.template take<index_t>(items * tokens);
-            order_ = carver.template take<index_t>(items * tokens);
-            sizes_ = carver.template take<index_t>(items * entries_);
-            starts_ = carver.template take<index_t>(items * (entries_ + 1));
-            sums_ = carver.template take<double>(items * entries_ * keys.columns);
-            distances_ = carver.template take<double>(items * tokens);
+            index_t* const cluster = carver.template take<index_t>(offset_t{keys.batch} * keys.heads * tokens);
+            clusters_ = DeviceClusters<T>(carver, keys.batch, keys.heads, tokens, entries_, keys.columns, cluster);
         }
         if constexpr (convolves) {
             entries_ = compression.width;
@@ -425,19 +325,7 @@ public:
 
     /// What compress() needs to know of the keys; once a pass.
     void look_at_keys([[maybe_unused]] const CompressionCall& call, [[maybe_unused]] const Rows<T>& keys) const {
-        if constexpr (clusters) {
-            if (entries_ == 0) return;
-            ClusterArguments<T> arguments{keys, call, entries_, 0, cluster_, order_, sizes_, starts_, sums_, distances_};
-            const unsigned by_centroid = blocks_for(entries_, cluster_threads / 32), by_key = blocks_for(call.tokens, cluster_threads);
-            for_each_grid(0, call.batch * call.heads, [&](index_t item, unsigned count) {
-                arguments.first_item = item;
-                for (index_t iteration = 0; iteration <= compression_->iterations; ++iteration) {
-                    launch("find_centroids", find_centroids<T>, dim3(by_centroid, count), cluster_threads, 0, call.stream, arguments, iteration == 0);
-                    launch("find_nearest", find_nearest<T>, dim3(by_key, count), cluster_threads, 0, call.stream, arguments);
-                    launch("sort_by_cluster", sort_by_cluster<T>, dim3(count), cluster_threads, 0, call.stream, arguments);
-                }
-            });
-        }
+        if constexpr (clusters) clusters_.find(keys, call.lengths, compression_->iterations, call.stream);
     }
     /// Landmarks of x, [items][landmarks][columns].
     void compress(const CompressionCall& call, Compressed what, const Rows<T>& x, T* to) const {
@@ -488,7 +376,7 @@ private:
     auto form([[maybe_unused]] Compressed what) const {
         if constexpr (takes_means) return MeanForm<T>{Compression::lengths[0]};
         else if constexpr (takes_maxima) return MaxForm<T>{max_length<Compression>};
-        else if constexpr (clusters) return ClusterForm<T>{cluster_, order_, starts_, tokens_, entries_, key_heads_};
+        else if constexpr (clusters) return ClusterForm<T>{clusters_.cluster(), clusters_.order(), clusters_.starts(), tokens_, entries_, key_heads_};
         else if constexpr (!learned) return MeanForm<T>{1};  // of what is refused above
         else return ConvolutionForm<T>{compression_->stride, compression_->width, to_landmarks_ + (what == Compressed::keys ? 0 : padded<T>(entries_))};
     }
@@ -506,8 +394,8 @@ private:
     const Compression* compression_;
     index_t key_heads_, tokens_, entries_ = 0, parts_ = 1;  // entries of a half of the table, or clusters
     T *to_landmarks_ = nullptr, *to_tokens_ = nullptr;
-    double *sums_ = nullptr, *distances_ = nullptr;         // of the table's gradient, or centroids
-    index_t *cluster_ = nullptr, *order_ = nullptr, *sizes_ = nullptr, *starts_ = nullptr;
+    double* sums_ = nullptr;                                // of the table's gradient
+    DeviceClusters<T> clusters_;
 };
 
 }  // namespace detail::cuda

@@ -13,7 +13,8 @@ POLYATTN_BEGIN_NAMESPACE
 /// Optional: `static constexpr bool is_causal = true` if no query ever sees a key behind its own position (samplers ask).
 ///
 /// A data-dependent pattern offers, instead of plan(), plan_for(q, k, valid_queries, valid_keys, draw): the parts of one head from its q and k
-/// (MatrixView of float or double), of which the first valid rows count. Layers call it for every (batch, head).
+/// (MatrixView of float or double), of which the first valid rows count. Layers call it for every (batch, head). On Cuda only the library's own can
+/// do it, whose groups the device finds; of others it takes the plans (CudaOptions::item_plans).
 template <class P>
 concept DataDependentPattern = PolicyOf<P, sparsity_pattern_kind> && requires(const P& pattern, MatrixView<const float> x, index_t n) {
     { pattern.plan_for(x, x, n, n, Draw{}) } -> std::same_as<Plan>;
