@@ -1,5 +1,6 @@
 #pragma once
-// Graphs and draws made with Thrust, whichever device system runs it, against the CPU's: everything must be equal.
+// Graphs and draws made with Thrust, whichever device system runs it, against the CPU's: everything must be equal. The including file declares execution(), the
+// policy to work under.
 #include "support/random.hpp"
 
 #include <doctest/doctest.h>
@@ -22,7 +23,7 @@ std::vector<index_t> indices(const IndexSequence& sequence) {
 }
 
 void check_transpose(const CudaEdges& edges, index_t queries, index_t keys) {
-    const auto transposed = transpose_on_device(edges, keys);
+    const auto transposed = transpose_on_device(edges, keys, execution());
     const TransposedEdges expected(PlanBuilder(queries, keys).edges(edges.to_host()).build());
     CHECK(on_host(transposed.offsets) == expected.offsets);
     CHECK(on_host(transposed.queries) == expected.queries);
@@ -33,7 +34,7 @@ void check_random_tokens(const RandomTokens& pattern, index_t queries, index_t k
     CAPTURE(queries);
     CAPTURE(keys);
     CAPTURE(pattern.count);
-    const auto made = random_tokens_on_device(pattern, queries, keys);
+    const auto made = random_tokens_on_device(pattern, queries, keys, execution());
     const Plan plan = pattern.plan(queries, keys);
     CHECK(on_host(made.offsets) == plan.edges().offsets);
     CHECK(on_host(made.keys) == plan.edges().keys);
@@ -77,15 +78,15 @@ TEST_CASE("edges from pairs") {
                 Edges expected = detail::edges_from_pairs(pairs, queries);
                 if (expected.offsets.empty()) expected.offsets.assign(static_cast<std::size_t>(queries) + 1, 0);
                 const thrust::device_vector<index_t> device_rows(rows.begin(), rows.end()), device_keys(keys_of_pairs.begin(), keys_of_pairs.end());
-                const auto made = edges_from_pairs_on_device(device_rows, device_keys, queries);
+                const auto made = edges_from_pairs_on_device(device_rows, device_keys, queries, execution());
                 CHECK(on_host(made.offsets) == expected.offsets);
                 CHECK(on_host(made.keys) == expected.keys);
                 check_transpose(made, queries, keys);
             }
     const thrust::device_vector<index_t> none, zero(1, 0), below(1, -1), one(1, 1);
-    CHECK_THROWS_AS(edges_from_pairs_on_device(zero, none, 1), invalid_input);
-    CHECK_THROWS_AS(edges_from_pairs_on_device(below, zero, 1), invalid_input);
-    CHECK_THROWS_AS(edges_from_pairs_on_device(one, zero, 1), invalid_input);
+    CHECK_THROWS_AS(edges_from_pairs_on_device(zero, none, 1, execution()), invalid_input);
+    CHECK_THROWS_AS(edges_from_pairs_on_device(below, zero, 1, execution()), invalid_input);
+    CHECK_THROWS_AS(edges_from_pairs_on_device(one, zero, 1, execution()), invalid_input);
 }
 
 TEST_CASE("noisy orders") {
@@ -96,7 +97,7 @@ TEST_CASE("noisy orders") {
             CAPTURE(sigma);
             const Draw draw{random.seed(), 3, 1, 4, 1};
             const auto line = static_cast<std::uint32_t>(random.below(1000));
-            const auto made = on_host(noisy_order_on_device(draw, random_stream::shuffled_columns, sigma, count, line));
+            const auto made = on_host(noisy_order_on_device(draw, random_stream::shuffled_columns, sigma, count, line, execution()));
             detail::NoisyOrder order(draw, random_stream::shuffled_columns, sigma);
             const auto expected = order(count, line);
             CHECK(made == std::vector<index_t>(expected.begin(), expected.end()));
@@ -113,7 +114,7 @@ TEST_CASE("unbiased sources") {
             const Draw draw{random.seed(), 2, 0, 1, 0};
             for (const index_t item : {0, 5}) {
                 const Plan plan = sampler.sample_item(1, keys, item, keys, draw, false);
-                CHECK(on_host(unbiased_sources_on_device(sampler, keys, draw, item)) == (keys == 0 ? std::vector<index_t>() : indices(plan.tiles()[0].keys)));
+                CHECK(on_host(unbiased_sources_on_device(sampler, keys, draw, item, execution())) == (keys == 0 ? std::vector<index_t>() : indices(plan.tiles()[0].keys)));
             }
         }
 }
@@ -132,7 +133,7 @@ void check_locally_biased(Random& random) {
                 CAPTURE(causal);
                 const LocallyBiased<L> sampler{.sigma = sigma};
                 const Draw draw{random.seed(), 7, 2, 0, 3};
-                const Edges made = locally_biased_sources_on_device(sampler, keys, draw, causal).to_host();
+                const Edges made = locally_biased_sources_on_device(sampler, keys, draw, causal, execution()).to_host();
                 REQUIRE(made.offsets.size() == L + 1);
                 REQUIRE(made.count() == keys);
                 const Plan plan = sampler.sample(keys, keys, draw, causal);
@@ -153,4 +154,93 @@ TEST_CASE("locally biased sources") {
     check_locally_biased<3>(random);
     check_locally_biased<4>(random);
     CHECK_THROWS_AS(locally_biased_sources_on_device(LocallyBiased<4>(), 3, Draw{}), invalid_input);
+}
+
+namespace {
+
+void check_erdos_renyi(const ErdosRenyi& pattern, index_t queries, index_t keys) {
+    CAPTURE(queries);
+    CAPTURE(keys);
+    CAPTURE(pattern.per_token);
+    const auto made = erdos_renyi_on_device(pattern, queries, keys, execution());
+    Edges expected = pattern.plan(queries, keys).edges();
+    if (expected.offsets.empty()) expected.offsets.assign(static_cast<std::size_t>(queries) + 1, 0);
+    CHECK(on_host(made.offsets) == expected.offsets);
+    CHECK(on_host(made.keys) == expected.keys);
+}
+
+void check_grid(Random& random, Grid2D sampler, bool causal) {
+    for (const OverDepth& sigma : {OverDepth(0.), OverDepth(.3, .9, 4), OverDepth(infinite_sigma)}) {
+        sampler.sigma = sigma;
+        CAPTURE(sampler.height);
+        CAPTURE(sampler.width);
+        CAPTURE(sampler.row_windows);
+        CAPTURE(sampler.window);
+        CAPTURE(sampler.shift);
+        CAPTURE(sigma.first());
+        CAPTURE(causal);
+        const index_t keys = sampler.height * sampler.width;
+        const Draw draw{random.seed(), 7, 2, 0, 3};
+        const CudaWindows windows = grid_windows_on_device(sampler, keys, draw, causal, execution());
+        const CudaEdges queries{windows.offsets, windows.queries}, sources{windows.offsets, windows.sources};
+        const Edges made_queries = queries.to_host(), made_sources = sources.to_host();
+        const Plan plan = sampler.sample(keys, keys, draw, causal);
+        REQUIRE(made_sources.offsets.size() == plan.tiles().size() + 1);
+        REQUIRE(made_sources.offsets.back() == keys);
+        for (std::size_t w = 0; w < plan.tiles().size(); ++w) {
+            const auto rows = made_queries.row(static_cast<index_t>(w)), seen = made_sources.row(static_cast<index_t>(w));
+            CHECK(std::vector<index_t>(rows.begin(), rows.end()) == indices(plan.tiles()[w].rows));
+            CHECK(std::vector<index_t>(seen.begin(), seen.end()) == indices(plan.tiles()[w].keys));
+        }
+    }
+}
+
+}  // namespace
+
+TEST_CASE("Erdos and Renyi's graph") {
+    POLYATTN_RANDOM(random);
+    for (const index_t queries : {0, 1, 2, 31, 257})
+        for (const index_t keys : {0, 1, 2, 61, 128})
+            for (const index_t count : {0, 1, 60, 127}) check_erdos_renyi({.per_token = count, .seed = random.seed()}, queries, keys);
+    // Every fourth word for a key is refused, and every third, the most that there can be.
+    check_erdos_renyi({.per_token = 40, .seed = random.seed()}, 3, (index_t{1} << 30) + 1);
+    check_erdos_renyi({.per_token = 700, .seed = random.seed()}, 5, 1431655766);
+    CHECK_THROWS_AS(erdos_renyi_on_device({.per_token = -1}, 3, 3, execution()), invalid_input);
+    CHECK_THROWS_AS(erdos_renyi_on_device({}, -1, 3, execution()), invalid_input);
+    CHECK_THROWS_AS(erdos_renyi_on_device({}, 3, -1, execution()), invalid_input);
+}
+
+TEST_CASE("windows of a picture") {
+    POLYATTN_RANDOM(random);
+    for (const auto& [height, width] : {std::pair{1, 1}, std::pair{1, 9}, std::pair{7, 1}, std::pair{5, 13}, std::pair{16, 16}, std::pair{33, 6}}) {
+        for (const index_t windows : {1, 5, 33}) {
+            if (windows > height) continue;
+            check_grid(random, {.height = height, .width = width, .row_windows = windows}, false);
+            check_grid(random, {.height = height, .width = width, .row_windows = windows}, true);
+        }
+        for (const index_t window : {2, 14})
+            for (const index_t shift : {0, 1, 13})
+                if (shift < window) check_grid(random, {.height = height, .width = width, .window = window, .shift = shift}, false);
+    }
+    const Draw draw;
+    CHECK_THROWS_AS(grid_windows_on_device({.height = 2, .width = 3, .row_windows = 2}, 7, draw, false, execution()), invalid_input);
+    CHECK_THROWS_AS(grid_windows_on_device({.height = 4, .width = 4, .window = 2}, 16, draw, true, execution()), invalid_input);
+    CHECK_THROWS_AS(grid_windows_on_device({.height = 4, .width = 4}, 16, draw, false, execution()), invalid_input);
+}
+
+TEST_CASE("without an execution policy the results are the same") {
+    POLYATTN_RANDOM(random);
+    const Draw draw{random.seed(), 1, 2, 3, 4};
+    const std::uint64_t seed = random.seed();
+    const auto same = [](const CudaEdges& a, const CudaEdges& b) { return on_host(a.offsets) == on_host(b.offsets) && on_host(a.keys) == on_host(b.keys); };
+    const CudaEdges tokens = random_tokens_on_device({.count = 5, .seed = seed}, 20, 20);
+    CHECK(same(tokens, random_tokens_on_device({.count = 5, .seed = seed}, 20, 20, execution())));
+    CHECK(same(erdos_renyi_on_device({.per_token = 5, .seed = seed}, 20, 20), erdos_renyi_on_device({.per_token = 5, .seed = seed}, 20, 20, execution())));
+    CHECK(on_host(transpose_on_device(tokens, 20).queries) == on_host(transpose_on_device(tokens, 20, execution()).queries));
+    CHECK(same(edges_from_pairs_on_device(tokens.keys, tokens.keys, 20), edges_from_pairs_on_device(tokens.keys, tokens.keys, 20, execution())));
+    CHECK(on_host(noisy_order_on_device(draw, random_stream::shuffled_keys, 3., 50, 1)) == on_host(noisy_order_on_device(draw, random_stream::shuffled_keys, 3., 50, 1, execution())));
+    CHECK(on_host(unbiased_sources_on_device({}, 50, draw)) == on_host(unbiased_sources_on_device({}, 50, draw, 0, execution())));
+    CHECK(same(locally_biased_sources_on_device(LocallyBiased<4>(), 50, draw), locally_biased_sources_on_device(LocallyBiased<4>(), 50, draw, false, execution())));
+    const Grid2D grid{.row_windows = 2};
+    CHECK(on_host(grid_windows_on_device(grid, 64, draw).sources) == on_host(grid_windows_on_device(grid, 64, draw, false, execution()).sources));
 }

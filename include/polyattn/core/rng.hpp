@@ -78,13 +78,23 @@ public:
         return words_[used_++];
     }
 
-    /// Uniform in [0, bound), exactly: multiply and reject. bound >= 1.
+    /// What the index-th next() of a new row gives.
+    POLYATTN_HOST_DEVICE std::uint32_t word(std::uint64_t index) const {
+        std::uint32_t words[4] = {static_cast<std::uint32_t>(index / 4), counter_[1], counter_[2], counter_[3]};
+        detail::philox_rounds(words, key_[0], key_[1]);
+        return words[index % 4];
+    }
+
+    /// Uniform in [0, bound), exactly. bound >= 1.
     POLYATTN_HOST_DEVICE std::uint32_t below(std::uint32_t bound) {
-        const std::uint32_t reject_below = (0u - bound) % bound;  // 2^32 mod bound
-        for (;;) {
-            const std::uint64_t product = std::uint64_t{next()} * bound;
-            if (static_cast<std::uint32_t>(product) >= reject_below) return static_cast<std::uint32_t>(product >> 32);
-        }
+        for (std::uint32_t number = 0;;)
+            if (bounded(next(), bound, number)) return number;
+    }
+    /// Multiply and reject: whether a word stands for a number of [0, bound), and for which.
+    POLYATTN_HOST_DEVICE static bool bounded(std::uint32_t word, std::uint32_t bound, std::uint32_t& number) {
+        const std::uint64_t product = std::uint64_t{word} * bound;
+        number = static_cast<std::uint32_t>(product >> 32);
+        return static_cast<std::uint32_t>(product) >= (0u - bound) % bound;  // 2^32 mod bound
     }
 
     /// Inserts `count` <= bound distinct numbers of [0, bound) into a set: insert(number) says whether the number is new. Floyd's method.

@@ -219,13 +219,16 @@ struct Grid2D {
         detail::validate_sigma(sigma);
     }
     Plan sample(index_t queries, index_t keys, const Draw& draw, bool causal) const {
-        detail::require_square("Grid2D", queries, keys);
-        if (offset_t{height} * width != keys) throw invalid_input("height x width", detail::text(keys, " tokens"), detail::text(height, " x ", width));
-        if (window > 0 && causal) throw invalid_input("window", "row_windows in a causal pattern", std::to_string(window));
+        check_picture(queries, keys, causal);
         PlanBuilder builder(queries, keys);
         if (row_windows > 0) sample_rows(builder, draw, causal);
         else sample_parts(builder, draw);
         return builder.build();
+    }
+    void check_picture(index_t queries, index_t keys, bool causal) const {
+        detail::require_square("Grid2D", queries, keys);
+        if (offset_t{height} * width != keys) throw invalid_input("height x width", detail::text(keys, " tokens"), detail::text(height, " x ", width));
+        if (window > 0 && causal) throw invalid_input("window", "row_windows in a causal pattern", std::to_string(window));
     }
 
 private:
