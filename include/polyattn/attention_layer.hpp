@@ -117,7 +117,7 @@ class AttentionLayer<Pattern, Sampler, Diffusion, Score, Bias, Backend> : public
     friend class CompressedLayer;
     using Base = detail::LayerPolicies<Pattern, Sampler, Diffusion, Score, Bias>;
     using typename Base::Plans;
-    using Base::bias_, Base::bind, Base::check, Base::check_shapes, Base::feature_count, Base::kernel, Base::pattern_, Base::recursion_, Base::require_shape, Base::score_, Base::valid_of;
+    using Base::bias_, Base::bind, Base::check, Base::check_shapes, Base::feature_count, Base::kernel, Base::pattern_, Base::recursion_, Base::score_, Base::valid_of;
 
 public:
     template <class T>
@@ -220,16 +220,16 @@ public:
         static_assert(std::is_same_v<decltype(detail::memory_of(gradients.q)), TensorView<T>>, "polyattn: gradients must have the inputs' value type");
         const detail::Adapted<T> ad(d_out, "d_out");
         const TensorView<const T> q = saved.q(), k = saved.k(), v = saved.v(), d = ad.view();
-        require_shape(d, {q.extents[0], q.extents[1], q.extents[2], v.extents[3]}, q.rank, "d_out");
+        detail::require_shape(d, {q.extents[0], q.extents[1], q.extents[2], v.extents[3]}, q.rank, "d_out");
         detail::require(saved.hop_count_ == recursion_.hops.size(), "saved", [&] { return detail::text("a forward pass of this layer, with ", recursion_.hops.size(), " hops"); },
                         saved.hop_count_);
         const std::size_t heads_of_all = static_cast<std::size_t>(offset_t{q.batch()} * q.heads());
         detail::require(saved.states_.size() == heads_of_all * static_cast<std::size_t>(state_size<T>(q.dim(), v.dim())), "saved", "a forward pass of this layer", "another's");
         if constexpr (requires { bias_.check_heads(q.heads()); }) bias_.check_heads(q.heads());
         const TensorView<T> vq = detail::memory_of(gradients.q), vk = detail::memory_of(gradients.k), vv = detail::memory_of(gradients.v);
-        require_shape(vq, q.extents, q.rank, "gradients.q");
-        require_shape(vk, k.extents, k.rank, "gradients.k");
-        require_shape(vv, v.extents, v.rank, "gradients.v");
+        detail::require_shape(vq, q.extents, q.rank, "gradients.q");
+        detail::require_shape(vk, k.extents, k.rank, "gradients.k");
+        detail::require_shape(vv, v.extents, v.rank, "gradients.v");
         for (const TensorView<T>& view : {vq, vk, vv}) detail::fill_with_zeros(view);
         const auto& bound = bind(q, k);
         std::vector<double>& d_bias = gradients.bias;
@@ -291,9 +291,9 @@ public:
         const detail::Adapted<T> aq(q, "q"), ak(k, "k"), av(v, "v");
         const TensorView<const T> vq = aq.view(), vk = ak.view(), vv = av.view();
         check_shapes(vq, vk, vv);
-        require_shape(vq, state.q_, vq.rank, "q");
-        require_shape(vk, {state.q_[0], state.key_heads_, 1, state.q_[3]}, vk.rank, "k");
-        require_shape(vv, {state.q_[0], state.key_heads_, 1, state.value_dim_}, vv.rank, "v");
+        detail::require_shape(vq, state.q_, vq.rank, "q");
+        detail::require_shape(vk, {state.q_[0], state.key_heads_, 1, state.q_[3]}, vk.rank, "k");
+        detail::require_shape(vv, {state.q_[0], state.key_heads_, 1, state.value_dim_}, vv.rank, "v");
         auto out = detail::make_result<Q, T>(detail::shape_like(vq, {1, vv.dim()}));
         const TensorView<T> to = detail::memory_of(out);
         const auto& bound = bind(vq, vk);
@@ -393,7 +393,7 @@ private:
     void run(const TensorView<const T>& q, const TensorView<const T>& k, const TensorView<const T>& v, const TensorView<T>& out, const CallOptions& options, T* logsumexp,
              T* hops, bool accumulate, T* states = nullptr) const {
         const Plans plans = this->template check<T>(q, k, v, options);
-        require_shape(out, {q.extents[0], q.extents[1], q.extents[2], v.extents[3]}, q.rank, "out");
+        detail::require_shape(out, {q.extents[0], q.extents[1], q.extents[2], v.extents[3]}, q.rank, "out");
         const auto& bound = bind(q, k);
         Workspace own;
         Workspace& workspace = options.workspace ? *options.workspace : own;

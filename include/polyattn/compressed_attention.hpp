@@ -103,13 +103,13 @@ public:
         static_assert(std::is_same_v<detail::element_t<D>, T>, "polyattn: d_out must have the inputs' value type");
         const detail::Adapted<T> ad(d_out, "d_out");
         const TensorView<const T> q = saved.inputs_.q(), k = saved.inputs_.k(), v = saved.inputs_.v(), d = ad.view();
-        Inner::require_shape(d, {q.extents[0], q.extents[1], q.extents[2], v.extents[3]}, q.rank, "d_out");
+        detail::require_shape(d, {q.extents[0], q.extents[1], q.extents[2], v.extents[3]}, q.rank, "d_out");
         const std::size_t hops = recursion_.hops.size();
         detail::require(saved.inner_.size() == hops, "saved", [&] { return detail::text("a forward pass of this layer, with ", hops, " hops"); }, saved.inner_.size());
         const TensorView<T> vq = detail::memory_of(gradients.q), vk = detail::memory_of(gradients.k), vv = detail::memory_of(gradients.v);
-        Inner::require_shape(vq, q.extents, q.rank, "gradients.q");
-        Inner::require_shape(vk, k.extents, k.rank, "gradients.k");
-        Inner::require_shape(vv, v.extents, v.rank, "gradients.v");
+        detail::require_shape(vq, q.extents, q.rank, "gradients.q");
+        detail::require_shape(vk, k.extents, k.rank, "gradients.k");
+        detail::require_shape(vv, v.extents, v.rank, "gradients.v");
         for (const TensorView<T>& view : {vq, vk, vv}) detail::fill_with_zeros(view);
         gradients.bias.clear();
         gradients.compression.assign(table_size(), 0.);
@@ -294,7 +294,7 @@ private:
     void run(const TensorView<T>& out, CompressedSaved<T>& saved, const TensorView<const T>& q, const TensorView<const T>& k, const TensorView<const T>& v, const CallOptions& options,
              bool accumulate) const {
         check(q, k, v, options);
-        Inner::require_shape(out, {q.extents[0], q.extents[1], q.extents[2], v.extents[3]}, q.rank, "out");
+        detail::require_shape(out, {q.extents[0], q.extents[1], q.extents[2], v.extents[3]}, q.rank, "out");
         const index_t batch = q.batch(), heads = q.heads(), n = q.tokens(), e = v.dim(), used = used_heads(heads, k.heads());
         const std::size_t hops = recursion_.hops.size();
         saved.options_ = options;

@@ -82,12 +82,6 @@ protected:
     bool needs_square() const { return recursion_.hops.size() != 1 || recursion_.hops[0].teleport != 0; }
 
     template <class T>
-    static void require_shape(const TensorView<T>& view, const std::array<index_t, 4>& extents, int rank, const char* argument) {
-        const TensorView<T> wanted{nullptr, extents, {}, rank};
-        if (view.extents != extents || view.rank != rank) throw invalid_input(argument, shape_text(wanted), shape_text(view));
-    }
-
-    template <class T>
     void check_shapes(const TensorView<const T>& q, const TensorView<const T>& k, const TensorView<const T>& v) const {
         require(q.dim() >= 1, "q", "a head dimension >= 1", q.dim());
         require(k.heads() == q.heads() || (k.heads() > 0 && q.heads() % k.heads() == 0), "k",

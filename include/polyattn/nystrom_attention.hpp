@@ -2,27 +2,9 @@
 
 #include <polyattn/attention.hpp>
 #include <polyattn/backend/simd/matrix_product.hpp>
+#include <polyattn/policy/nystrom.hpp>
 
 POLYATTN_BEGIN_NAMESPACE
-
-/// Parameters of NystromAttention.
-struct Nystrom {
-    /// Segments of queries and of keys whose means are the landmarks; fewer if there are fewer tokens.
-    index_t landmarks = 64;
-    /// Steps towards the pseudo-inverse.
-    index_t iterations = 6;
-    /// Learned weights [heads][width] of a convolution of V along the tokens, added to the output; width is odd. Empty: none.
-    index_t width = 0;
-    std::vector<double> table = {};
-
-    void validate() const {
-        detail::require(landmarks >= 1, "landmarks", "a number >= 1", landmarks);
-        detail::require(iterations >= 0 && iterations <= 64, "iterations", "a number from 0 to 64", iterations);
-        detail::require(width == 0 || width % 2 == 1, "width", "0 or an odd number of tokens", width);
-        detail::require(width == 0 ? table.empty() : !table.empty() && table.size() % static_cast<std::size_t>(width) == 0, "table", [&] { return detail::text("width ", width, " weights a head"); }, table.size());
-        for (const double weight : table) detail::require(detail::is_finite(weight), "table", "finite weights", "one that is not");
-    }
-};
 
 namespace detail {
 
@@ -56,7 +38,7 @@ public:
             const MatrixView<const T> z = matrix_of(z_[static_cast<std::size_t>(t)]);
             polynomial(z, x, u, w, workspace);
             multiply<T>(z, matrix_of(w), matrix_of(z_[static_cast<std::size_t>(t) + 1]), false, workspace);
-                for (T& value : z_[static_cast<std::size_t>(t) + 1].values) value /= 4;
+            for (T& value : z_[static_cast<std::size_t>(t) + 1].values) value /= 4;
         }
     }
     MatrixView<const T> result() const { return matrix_of(z_.back()); }
@@ -178,7 +160,8 @@ public:
         saved.options_.workspace = nullptr;
         const TensorView<const T> vq = saved.inputs_.q(), vk = saved.inputs_.k(), vv = saved.inputs_.v();
         const TensorView<T> to = detail::memory_view(out, "out");
-        check(vq, vk, vv, to, options);
+        detail::check_nystrom(parameters_, vq, vk, vv, options);
+        detail::require_shape(to, {vq.extents[0], vq.extents[1], vq.extents[2], vv.extents[3]}, vq.rank, "out");
         const index_t heads = vq.heads(), group = heads / vk.heads(), n = vq.tokens();
         saved.heads_.resize(static_cast<std::size_t>(offset_t{vq.batch()} * heads));
         std::vector<Workspace> workspaces(static_cast<std::size_t>(worker_count()));
@@ -190,7 +173,7 @@ public:
             const MatrixView<const T> hq = detail::row_range(vq.head(b, h), 0, valid), hk = detail::row_range(vk.head(b, h / group), 0, valid), hv = detail::row_range(vv.head(b, h / group), 0, valid);
             const MatrixView<T> ho = to.head(b, h);
             if (valid > 0) {
-                const index_t length = segment_length(valid), m = detail::segments(valid, length);
+                const index_t length = parameters_.segment_length(valid), m = detail::segments(valid, length);
                 head.queries = head.keys = Tensor<T>({m, hq.cols});
                 detail::simd::segment_means<xsimd::default_arch>(hq, length, detail::matrix_of(head.queries));
                 detail::simd::segment_means<xsimd::default_arch>(hk, length, detail::matrix_of(head.keys));
@@ -222,14 +205,13 @@ public:
     void backward_into(Gradients<TensorType>& gradients, const SavedOf<T>& saved, const D& d_out, const CallOptions& = {}) const {
         const detail::Adapted<T> ad(d_out, "d_out");
         const TensorView<const T> q = saved.inputs_.q(), k = saved.inputs_.k(), v = saved.inputs_.v(), d = ad.view();
-        const std::array<index_t, 4> wanted{q.extents[0], q.extents[1], q.extents[2], v.extents[3]};
         static_assert(std::is_same_v<detail::element_t<D>, T>, "polyattn: d_out must have the inputs' value type");
         detail::require(saved.heads_.size() == static_cast<std::size_t>(offset_t{q.batch()} * q.heads()) && q.dim() > 0, "saved", "a forward pass of this layer", "none");
-        require_shape(d, wanted, q.rank, "d_out");
+        detail::require_shape(d, {q.extents[0], q.extents[1], q.extents[2], v.extents[3]}, q.rank, "d_out");
         const TensorView<T> vq = detail::memory_of(gradients.q), vk = detail::memory_of(gradients.k), vv = detail::memory_of(gradients.v);
-        require_shape<T>(vq, q.extents, q.rank, "gradients.q");
-        require_shape<T>(vk, k.extents, k.rank, "gradients.k");
-        require_shape<T>(vv, v.extents, v.rank, "gradients.v");
+        detail::require_shape(vq, q.extents, q.rank, "gradients.q");
+        detail::require_shape(vk, k.extents, k.rank, "gradients.k");
+        detail::require_shape(vv, v.extents, v.rank, "gradients.v");
         const index_t heads = q.heads(), group = heads / k.heads(), n = q.tokens();
         gradients.bias.clear();
         gradients.compression.assign(parameters_.table.size(), 0.);
@@ -248,7 +230,7 @@ public:
                 if (valid == 0) continue;
                 const HeadSaved<T>& head = saved.heads_[static_cast<std::size_t>(offset_t{b} * heads + h)];
                 const MatrixView<const T> own = detail::row_range(d.head(b, h), 0, valid);
-                const index_t length = segment_length(valid);
+                const index_t length = parameters_.segment_length(valid);
                 const CallOptions call{.workspace = &workspace};
                 auto writing = attention_.backward(head.writing, tensor_of(own), call);
                 const auto m = head.values.shape[0];
@@ -279,27 +261,8 @@ private:
     static TensorView<T> tensor_of(MatrixView<T> rows) {
         return detail::make_view<T>(rows.data, std::array<index_t, 2>{rows.rows, rows.cols}, std::array<std::ptrdiff_t, 2>{rows.row_stride, rows.col_stride}, "rows");
     }
-    index_t segment_length(index_t tokens) const { return detail::segments(tokens, parameters_.landmarks); }
     static index_t valid_tokens(const CallOptions& options, index_t b, index_t tokens) { return options.key_lengths.empty() ? tokens : options.key_lengths[static_cast<std::size_t>(b)]; }
 
-    template <class T>
-    static void require_shape(const TensorView<const T>& view, const std::array<index_t, 4>& extents, int rank, const char* argument) {
-        if (view.extents != extents || view.rank != rank) throw invalid_input(argument, detail::shape_text(TensorView<const T>{nullptr, extents, {}, rank}), detail::shape_text(view));
-    }
-    template <class T>
-    void check(const TensorView<const T>& q, const TensorView<const T>& k, const TensorView<const T>& v, const TensorView<T>& out, const CallOptions& options) const {
-        detail::require(q.dim() >= 1, "q", "a head dimension >= 1", q.dim());
-        detail::require(k.heads() > 0 && q.heads() % k.heads() == 0, "k", [&] { return detail::text("a number of heads that divides q's ", q.heads()); }, k.heads());
-        require_shape(k, {q.extents[0], k.extents[1], q.extents[2], q.extents[3]}, q.rank, "k");
-        require_shape(v, {q.extents[0], k.extents[1], q.extents[2], v.extents[3]}, q.rank, "v");
-        require_shape<T>(out, {q.extents[0], q.extents[1], q.extents[2], v.extents[3]}, q.rank, "out");
-        detail::check_lengths(options.key_lengths, q.batch(), q.tokens(), "key_lengths");
-        detail::require(options.query_lengths.empty() || options.query_lengths == options.key_lengths, "query_lengths", "none, or the key_lengths", "others");
-        detail::require(options.dropout.weights == 0 && options.dropout.values == 0, "dropout", "none: rows are products of three matrices", "one");
-        detail::require(!options.plan && options.item_plans.empty(), "plan", "none", "one");
-        const std::size_t wanted = static_cast<std::size_t>(parameters_.width) * static_cast<std::size_t>(q.heads());
-        detail::require(parameters_.table.empty() || parameters_.table.size() == wanted, "table", [&] { return detail::text(wanted, " weights for ", q.heads(), " heads"); }, parameters_.table.size());
-    }
     template <class F>
     void for_each_tap(index_t h, index_t tokens, F&& f) const {
         for (index_t t = 0; t < parameters_.width; ++t)

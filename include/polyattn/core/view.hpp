@@ -74,6 +74,19 @@ std::string shape_text(const TensorView<T>& view) {
     return shape_text(std::span<const offset_t>(shape));
 }
 
+template <class T>
+void require_shape(const TensorView<T>& view, const std::array<index_t, 4>& extents, int rank, const char* argument) {
+    const TensorView<T> wanted{nullptr, extents, {}, rank};
+    if (view.extents != extents || view.rank != rank) throw invalid_input(argument, shape_text(wanted), shape_text(view));
+}
+/// The shape of a call's tensors: the last axes, behind as many leading ones as the input has.
+template <class T>
+std::vector<offset_t> shape_like(const TensorView<T>& view, std::initializer_list<offset_t> trailing) {
+    std::vector<offset_t> shape(view.extents.begin() + (4 - view.rank), view.extents.begin() + 2);
+    shape.insert(shape.end(), trailing);
+    return shape;
+}
+
 /// Extents and strides of rank 2 to 4 to a view; an axis of extent 1 (or an empty tensor) gets stride 0, whatever it claimed.
 template <class T, class Extents, class Strides>
 TensorView<T> make_view(T* data, const Extents& extents, const Strides& strides, const char* argument) {

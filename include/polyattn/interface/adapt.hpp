@@ -98,14 +98,6 @@ auto make_result(const std::vector<offset_t>& shape) {
     }
 }
 
-/// The shape of a call's tensors: the last two axes, behind as many leading ones as the input has.
-template <class T>
-std::vector<offset_t> shape_like(const TensorView<T>& view, std::initializer_list<offset_t> trailing) {
-    std::vector<offset_t> shape(view.extents.begin() + (4 - view.rank), view.extents.begin() + 2);
-    shape.insert(shape.end(), trailing);
-    return shape;
-}
-
 /// A tensor that a call made, or was given for gradients, as a view.
 template <class Result>
 auto memory_of(Result& result) {

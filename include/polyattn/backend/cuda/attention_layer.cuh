@@ -69,10 +69,10 @@ private:
     CudaWorkspace workspace_;
 };
 
-template <class T>
+template <class T, class Saved = CudaSaved<T>>
 struct CudaForward {
     CudaTensor<T> out;
-    CudaSaved<T> saved;
+    Saved saved;
 };
 template <class T>
 struct CudaOutputAndLogsumexp {
@@ -119,7 +119,7 @@ template <class Pattern, class Sampler, class Diffusion, class Score, class Bias
 class AttentionLayer<Pattern, Sampler, Diffusion, Score, Bias, Cuda> : public detail::LayerPolicies<Pattern, Sampler, Diffusion, Score, Bias> {
     using Base = detail::LayerPolicies<Pattern, Sampler, Diffusion, Score, Bias>;
     using typename Base::Plans;
-    using Base::bias_, Base::check_shapes, Base::kernel, Base::recursion_, Base::require_shape, Base::score_;
+    using Base::bias_, Base::check_shapes, Base::kernel, Base::recursion_, Base::score_;
     static constexpr bool groups_tokens = detail::cuda::GroupedOnDevice<Pattern>;
     static_assert(!DataDependentPattern<Pattern> || groups_tokens,
                   "polyattn::Attention: Cuda finds the groups of LocalitySensitiveHashing, RoutedClusters and SinkhornBlocks on the device; plan_for() of your own pattern reads q and k on the host: "
@@ -150,7 +150,7 @@ public:
     auto operator()(const TensorView<Q>& q, const TensorView<K>& k, const TensorView<V>& v, const CudaOptions& options = {}) const {
         using T = common_element<Q, K, V>;
         check_shapes<T>(q, k, v);
-        CudaTensor<T> out(shape_like(q, {q.tokens(), v.dim()}));
+        CudaTensor<T> out(detail::shape_like(q, {q.tokens(), v.dim()}));
         run<T>(q, k, v, out.view(), options, nullptr, nullptr, false);
         return out;
     }
@@ -160,7 +160,7 @@ public:
         static_assert(!kernel, "polyattn: with_logsumexp() is of Softmax; kernel scores have no logarithm");
         using T = common_element<Q, K, V>;
         check_shapes<T>(q, k, v);
-        CudaOutputAndLogsumexp<T> result{CudaTensor<T>(shape_like(q, {q.tokens(), v.dim()})), CudaTensor<Number<T>>(shape_like(q, {q.tokens()}))};
+        CudaOutputAndLogsumexp<T> result{CudaTensor<T>(detail::shape_like(q, {q.tokens(), v.dim()})), CudaTensor<Number<T>>(detail::shape_like(q, {q.tokens()}))};
         run<T>(q, k, v, result.out.view(), options, result.logsumexp.data(), nullptr, false);
         return result;
     }
@@ -177,7 +177,7 @@ public:
     auto forward(const TensorView<Q>& q, const TensorView<K>& k, const TensorView<V>& v, const CudaOptions& options = {}) const {
         using T = typename trained_elements<common_element<Q, K, V>>::T;
         check_shapes<T>(q, k, v);
-        CudaForward<T> result{CudaTensor<T>(shape_like(q, {q.tokens(), v.dim()})), {}};
+        CudaForward<T> result{CudaTensor<T>(detail::shape_like(q, {q.tokens(), v.dim()})), {}};
         forward_into(result.out.view(), result.saved, q, k, v, options);
         return result;
     }
@@ -205,7 +205,7 @@ public:
     /// host, for which the call waits. Throws as operator().
     template <class T, class D>
     CudaGradients<T> backward(const CudaSaved<T>& saved, const TensorView<D>& d_out, const CudaOptions& options = {}) const {
-        const auto like = [](const TensorView<const T>& view) { return CudaTensor<T>(shape_like(view, {view.tokens(), view.dim()})); };
+        const auto like = [](const TensorView<const T>& view) { return CudaTensor<T>(detail::shape_like(view, {view.tokens(), view.dim()})); };
         CudaGradients<T> gradients{like(saved.q_), like(saved.k_), like(saved.v_)};
         backward_into(gradients, saved, d_out, options);
         return gradients;
@@ -215,13 +215,13 @@ public:
     void backward_into(CudaGradients<T>& gradients, const CudaSaved<T>& saved, const TensorView<D>& d_out, const CudaOptions& options = {}) const {
         static_assert(std::is_same_v<std::remove_const_t<D>, typename trained_elements<T>::T>, "polyattn: d_out must have the inputs' value type");
         const TensorView<const T> d = d_out;
-        require_shape(d, {saved.q_.extents[0], saved.q_.extents[1], saved.q_.extents[2], saved.v_.extents[3]}, saved.q_.rank, "d_out");
+        detail::require_shape(d, {saved.q_.extents[0], saved.q_.extents[1], saved.q_.extents[2], saved.v_.extents[3]}, saved.q_.rank, "d_out");
         detail::cuda::require_device_memory(d, "d_out");
         detail::require(saved.hop_count_ == recursion_.hops.size(), "saved", [&] { return detail::text("a forward pass of this layer, with ", recursion_.hops.size(), " hops"); }, saved.hop_count_);
         const TensorView<T> d_q = gradients.q.view(), d_k = gradients.k.view(), d_v = gradients.v.view();
-        require_shape(d_q, saved.q_.extents, saved.q_.rank, "gradients.q");
-        require_shape(d_k, saved.k_.extents, saved.k_.rank, "gradients.k");
-        require_shape(d_v, saved.v_.extents, saved.v_.rank, "gradients.v");
+        detail::require_shape(d_q, saved.q_.extents, saved.q_.rank, "gradients.q");
+        detail::require_shape(d_k, saved.k_.extents, saved.k_.rank, "gradients.k");
+        detail::require_shape(d_v, saved.v_.extents, saved.v_.rank, "gradients.v");
         CudaOptions call = saved.options_;
         call.stream = options.stream;
         call.device_workspace = options.device_workspace;
@@ -261,7 +261,7 @@ public:
     /// used. Throws invalid_input, cuda_error. Deterministic. Source: Katharopoulos et al., "Transformers are RNNs" (2020), equations 16 to 20.
     template <class T, class Q, class K, class V>
     CudaTensor<T> step(CudaRecurrentState<T>& state, const TensorView<Q>& q, const TensorView<K>& k, const TensorView<V>& v, const CudaOptions& options = {}) const {
-        CudaTensor<T> out(shape_like(q, {1, v.dim()}));
+        CudaTensor<T> out(detail::shape_like(q, {1, v.dim()}));
         step_into(out.view(), state, q, k, v, options);
         return out;
     }
@@ -271,10 +271,10 @@ public:
         static_assert(std::is_same_v<common_element<Q, K, V>, T>, "polyattn: state and out must have the inputs' value type");
         const TensorView<const T> vq = q, vk = k, vv = v;
         check_shapes<T>(vq, vk, vv);
-        require_shape(vq, state.q_, vq.rank, "q");
-        require_shape(vk, {state.q_[0], state.key_heads_, 1, state.q_[3]}, vk.rank, "k");
-        require_shape(vv, {state.q_[0], state.key_heads_, 1, state.value_dim_}, vv.rank, "v");
-        require_shape(out, {state.q_[0], state.q_[1], 1, state.value_dim_}, vq.rank, "out");
+        detail::require_shape(vq, state.q_, vq.rank, "q");
+        detail::require_shape(vk, {state.q_[0], state.key_heads_, 1, state.q_[3]}, vk.rank, "k");
+        detail::require_shape(vv, {state.q_[0], state.key_heads_, 1, state.value_dim_}, vv.rank, "v");
+        detail::require_shape(out, {state.q_[0], state.q_[1], 1, state.value_dim_}, vq.rank, "out");
         detail::cuda::require_device_memory(vq, "q");
         detail::cuda::require_device_memory(vk, "k");
         detail::cuda::require_device_memory(vv, "v");
@@ -320,12 +320,6 @@ private:
     using DeviceBias = decltype(detail::cuda::on_device(std::declval<const Bias&>(), index_t{}, index_t{}, std::declval<detail::cuda::BiasMemory>()));
 
     template <class T>
-    static std::vector<offset_t> shape_like(const TensorView<T>& view, std::initializer_list<offset_t> last) {
-        std::vector<offset_t> shape(view.extents.begin() + (4 - view.rank), view.extents.begin() + 2);
-        shape.insert(shape.end(), last);
-        return shape;
-    }
-    template <class T>
     static void resize(CudaTensor<T>& tensor, offset_t size) {
         if (tensor.size() != size) tensor = CudaTensor<T>(std::vector<offset_t>{size});
     }
@@ -338,7 +332,7 @@ private:
     void run(const TensorView<const T>& q, const TensorView<const T>& k, const TensorView<const T>& v, const TensorView<T>& out, const CudaOptions& options, Number<T>* logsumexp, CudaSaved<T>* saved,
              bool accumulate) const {
         const Plans plans = check(q, k, v, options);
-        require_shape(out, {q.extents[0], q.extents[1], q.extents[2], v.extents[3]}, q.rank, "out");
+        detail::require_shape(out, {q.extents[0], q.extents[1], q.extents[2], v.extents[3]}, q.rank, "out");
         if constexpr (std::is_same_v<T, __nv_bfloat16>) {
             cudaFuncAttributes attributes{};
             detail::cuda::check_cuda(cudaFuncGetAttributes(&attributes, detail::cuda::apply_tiles_half<T, DeviceBias>), "cudaFuncGetAttributes of apply_tiles_half");

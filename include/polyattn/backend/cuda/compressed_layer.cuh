@@ -86,7 +86,7 @@ public:
     auto operator()(const TensorView<Q>& q, const TensorView<K>& k, const TensorView<V>& v, const CudaOptions& options = {}) const {
         using T = common_element<Q, K, V>;
         inner_.template check_shapes<T>(q, k, v);
-        CudaTensor<T> out(Inner::shape_like(q, {q.tokens(), v.dim()}));
+        CudaTensor<T> out(detail::shape_like(q, {q.tokens(), v.dim()}));
         run<T>(out.view(), nullptr, q, k, v, options, false);
         return out;
     }
@@ -103,7 +103,7 @@ public:
     auto forward(const TensorView<Q>& q, const TensorView<K>& k, const TensorView<V>& v, const CudaOptions& options = {}) const {
         using T = common_element<Q, K, V>;
         inner_.template check_shapes<T>(q, k, v);
-        CudaForward<T> result{CudaTensor<T>(Inner::shape_like(q, {q.tokens(), v.dim()})), {}};
+        CudaForward<T> result{CudaTensor<T>(detail::shape_like(q, {q.tokens(), v.dim()})), {}};
         forward_into(result.out.view(), result.saved, q, k, v, options);
         return result;
     }
@@ -118,7 +118,7 @@ public:
     /// waits. `saved` must come from forward() of this layer or a copy; of `options` the stream and the workspace are used. Repeatable; deterministic.
     template <class T, class D>
     CudaGradients<T> backward(const CudaSaved<T>& saved, const TensorView<D>& d_out, const CudaOptions& options = {}) const {
-        const auto like = [](const TensorView<const T>& view) { return CudaTensor<T>(Inner::shape_like(view, {view.tokens(), view.dim()})); };
+        const auto like = [](const TensorView<const T>& view) { return CudaTensor<T>(detail::shape_like(view, {view.tokens(), view.dim()})); };
         CudaGradients<T> gradients{like(saved.q_), like(saved.k_), like(saved.v_)};
         backward_into(gradients, saved, d_out, options);
         return gradients;
@@ -128,13 +128,13 @@ public:
     void backward_into(CudaGradients<T>& gradients, const CudaSaved<T>& saved, const TensorView<D>& d_out, const CudaOptions& options = {}) const {
         static_assert(std::is_same_v<std::remove_const_t<D>, T>, "polyattn: d_out must have the inputs' value type");
         const TensorView<const T> d = d_out;
-        Inner::require_shape(d, {saved.q_.extents[0], saved.q_.extents[1], saved.q_.extents[2], saved.v_.extents[3]}, saved.q_.rank, "d_out");
+        detail::require_shape(d, {saved.q_.extents[0], saved.q_.extents[1], saved.q_.extents[2], saved.v_.extents[3]}, saved.q_.rank, "d_out");
         detail::cuda::require_device_memory(d, "d_out");
         detail::require(saved.hop_count_ == recursion_.hops.size(), "saved", [&] { return detail::text("a forward pass of this layer, with ", recursion_.hops.size(), " hops"); }, saved.hop_count_);
         const TensorView<T> d_q = gradients.q.view(), d_k = gradients.k.view(), d_v = gradients.v.view();
-        Inner::require_shape(d_q, saved.q_.extents, saved.q_.rank, "gradients.q");
-        Inner::require_shape(d_k, saved.k_.extents, saved.k_.rank, "gradients.k");
-        Inner::require_shape(d_v, saved.v_.extents, saved.v_.rank, "gradients.v");
+        detail::require_shape(d_q, saved.q_.extents, saved.q_.rank, "gradients.q");
+        detail::require_shape(d_k, saved.k_.extents, saved.k_.rank, "gradients.k");
+        detail::require_shape(d_v, saved.v_.extents, saved.v_.rank, "gradients.v");
         gradients.bias.clear();
         CudaOptions call = saved.options_;
         call.stream = options.stream;
@@ -201,7 +201,7 @@ private:
     template <class T>
     void run(const TensorView<T>& out, CudaSaved<T>* saved, const TensorView<const T>& q, const TensorView<const T>& k, const TensorView<const T>& v, const CudaOptions& options, bool accumulate) const {
         const Plans plans = check<T>(q, k, v, options);
-        Inner::require_shape(out, {q.extents[0], q.extents[1], q.extents[2], v.extents[3]}, q.rank, "out");
+        detail::require_shape(out, {q.extents[0], q.extents[1], q.extents[2], v.extents[3]}, q.rank, "out");
         detail::cuda::require_device_memory(q, "q");
         detail::cuda::require_device_memory(k, "k");
         detail::cuda::require_device_memory(v, "v");
