@@ -1,5 +1,6 @@
 // AdaMRA's layer on the device against the CPU's in double: outputs, and gradients of x and of every parameter, within bounds that are computed beside them.
 #include "cuda/device_multi_resolution.hpp"
+#include "support/bounded.hpp"
 #include "support/random.hpp"
 
 #include <polyattn/nn/adaptive_multi_resolution.hpp>
@@ -8,77 +9,9 @@
 #include <doctest/doctest.h>
 
 using namespace polyattn;
+using namespace bounded;
 
 namespace {
-
-double unit;  // roundoff of the device's numbers
-
-/// A number, and how far off it may be where it is computed with this roundoff, by any order of the sums in it.
-struct Bounded {
-    double value = 0, error = 0;
-    double size() const { return std::abs(value) + error; }
-};
-Bounded operator*(Bounded a, Bounded b) {
-    const double product = a.size() * b.size();
-    return {a.value * b.value, product - std::abs(a.value * b.value) + unit * product};
-}
-Bounded operator+(Bounded a, Bounded b) { return {a.value + b.value, a.error + b.error + unit * (std::abs(a.value + b.value) + a.error + b.error)}; }
-Bounded operator-(Bounded a) { return {-a.value, a.error}; }
-/// Of a number that is at least `least`, however far off it is.
-Bounded inverse(Bounded a, double least = 0) {
-    const double size = std::abs(a.value), low = std::max(size - a.error, least);
-    return {1 / a.value, low > 0 ? std::max((size - low) / (size * low), a.error / (size * (size + a.error))) + unit / low : 1e300};
-}
-/// e^x, within four units on the device.
-Bounded exponential(Bounded a) { return {std::exp(a.value), std::exp(a.value) * (std::expm1(a.error) + 4 * unit * std::exp(a.error))}; }
-
-class Sum {
-public:
-    void add(Bounded term) {
-        total_.value += term.value;
-        total_.error += term.error;
-        sizes_ += term.size();
-        ++terms_;
-    }
-    Bounded total() const { return {total_.value, total_.error + 1.01 * terms_ * unit * sizes_}; }
-
-private:
-    Bounded total_;
-    double sizes_ = 0, terms_ = 0;
-};
-
-struct Matrix {
-    Matrix() = default;
-    Matrix(index_t r, index_t c) : rows(r), columns(c), entries(static_cast<std::size_t>(r) * static_cast<std::size_t>(c)) {}
-    explicit Matrix(const Tensor<double>& from) : Matrix(static_cast<index_t>(from.shape[0]), static_cast<index_t>(from.shape.size() < 2 ? 1 : from.shape[1])) {
-        for (std::size_t i = 0; i < entries.size(); ++i) entries[i].value = from.values[i];
-    }
-    Bounded& operator()(index_t r, index_t c) { return entries[static_cast<std::size_t>(r) * static_cast<std::size_t>(columns) + static_cast<std::size_t>(c)]; }
-    const Bounded& operator()(index_t r, index_t c) const { return const_cast<Matrix&>(*this)(r, c); }
-    index_t rows = 0, columns = 0;
-    std::vector<Bounded> entries;
-};
-Matrix transposed(const Matrix& a) {
-    Matrix made(a.columns, a.rows);
-    for (index_t r = 0; r < a.rows; ++r)
-        for (index_t c = 0; c < a.columns; ++c) made(c, r) = a(r, c);
-    return made;
-}
-Matrix operator*(const Matrix& a, const Matrix& b) {
-    Matrix made(a.rows, b.columns);
-    for (index_t r = 0; r < a.rows; ++r)
-        for (index_t c = 0; c < b.columns; ++c) {
-            Sum sum;
-            for (index_t k = 0; k < a.columns; ++k) sum.add(a(r, k) * b(k, c));
-            made(r, c) = sum.total();
-        }
-    return made;
-}
-void add(Matrix& to, const Matrix& from) {
-    if (to.entries.empty()) to = from;
-    else
-        for (std::size_t i = 0; i < to.entries.size(); ++i) to.entries[i] = to.entries[i] + from.entries[i];
-}
 
 Bounded feature(const ReLU&, Bounded x) { return x.value < -x.error ? Bounded{} : Bounded{std::max(x.value, 0.), x.error}; }
 Bounded slope(const ReLU&, Bounded x) { return {x.value > 0 ? 1. : 0., std::abs(x.value) <= x.error && x.error > 0 ? 1. : 0.}; }
@@ -138,64 +71,12 @@ template <class Features, class Divisor>
 Bounded slope_of(const Kernel<Features, Divisor>& score, Bounded x) { return slope(score.features, x); }
 Bounded slope_of(const Softmax&, Bounded) { return {}; }
 
-/// One item at one resolution; of softmax scores the columns [first, first + width) are those of a sub-head.
+/// One item at one resolution; of softmax scores a range of columns is a sub-head.
 struct Item {
     Matrix means, queries, phi_q, keys, phi_k, values, made;
 };
 /// What dropout multiplies with.
 Bounded kept(double mask) { return {mask, mask == 1 ? 0 : unit * mask}; }
-
-/// exp(score - log sum of exp), where the logarithm is off as the sum is.
-Matrix weights_of(const Softmax& score, const Item& item, index_t first, index_t width) {
-    const double scale = score.factor(width);
-    Matrix made(item.queries.rows, item.keys.rows);
-    for (index_t r = 0; r < made.rows; ++r) {
-        double most = -1e300;
-        for (index_t j = 0; j < made.columns; ++j) {
-            Sum sum;
-            for (index_t c = first; c < first + width; ++c) sum.add(item.queries(r, c) * item.keys(j, c));
-            made(r, j) = sum.total() * Bounded{scale, 2 * unit * scale};
-            most = std::max(most, made(r, j).value);
-        }
-        Sum sum;
-        for (index_t j = 0; j < made.columns; ++j) sum.add(exponential(made(r, j) + Bounded{-most, 0}));
-        const Bounded total = sum.total();
-        const double logarithm = most + std::log(total.value);
-        const Bounded logsumexp{logarithm, total.error / (total.value - total.error) + 8 * unit * (1 + std::abs(most) + std::abs(logarithm))};
-        for (index_t j = 0; j < made.columns; ++j) made(r, j) = exponential(made(r, j) + -logsumexp) * Bounded{1, 16 * unit};
-    }
-    return made;
-}
-void softmax_gradient(const Softmax& score, const Item& item, const detail::DropoutMask& mask, const Matrix& d_out, index_t first, index_t width, Matrix& d_q, Matrix& d_k, Matrix& d_v) {
-    const Matrix weights = weights_of(score, item, first, width);
-    const Bounded scale{score.factor(width), unit * score.factor(width)};
-    Matrix d_scores(weights.rows, weights.columns);
-    for (index_t r = 0; r < weights.rows; ++r) {
-        Sum row_sum;
-        for (index_t c = first; c < first + width; ++c) row_sum.add(d_out(r, c) * item.made(r, c));
-        for (index_t j = 0; j < weights.columns; ++j) {
-            Sum sum;
-            for (index_t c = first; c < first + width; ++c) sum.add(d_out(r, c) * item.values(j, c));
-            d_scores(r, j) = weights(r, j) * (kept(mask.weight(r, j)) * sum.total() + -row_sum.total());
-        }
-    }
-    for (index_t c = first; c < first + width; ++c) {
-        for (index_t r = 0; r < weights.rows; ++r) {
-            Sum sum;
-            for (index_t j = 0; j < weights.columns; ++j) sum.add(d_scores(r, j) * item.keys(j, c));
-            d_q(r, c) = sum.total() * scale;
-        }
-        for (index_t j = 0; j < weights.columns; ++j) {
-            Sum of_k, of_v;
-            for (index_t r = 0; r < weights.rows; ++r) {
-                of_k.add(d_scores(r, j) * item.queries(r, c));
-                of_v.add(weights(r, j) * kept(mask.weight(r, j)) * d_out(r, c));
-            }
-            d_k(j, c) = of_k.total() * scale;
-            d_v(j, c) = of_v.total();
-        }
-    }
-}
 
 /// The layer by the formulas, on numbers that carry their errors. Rows of other items or padding are simply left out.
 template <class Recipe>
@@ -324,7 +205,7 @@ struct Formulas<MultiResolution<SegmentMeans<L...>, Router, Score>> {
                 for (index_t s = 0; s < pass.heads; ++s) {
                     [[maybe_unused]] Matrix weights;
                     [[maybe_unused]] const detail::DropoutMask mask = mask_of(h, b, s);
-                    if constexpr (!kernel) weights = weights_of(recipe.score, item, s * width, width);
+                    if constexpr (!kernel) weights = softmax_weights(recipe.score.factor(width), item.queries, item.keys, {s * width, (s + 1) * width});
                     for (index_t c = s * width; c < (s + 1) * width; ++c) {
                         std::vector<Bounded> states;
                         for (index_t f = s * features; kernel && f < (s + 1) * features; ++f) states.push_back(state(item, f, c));
@@ -376,7 +257,12 @@ struct Formulas<MultiResolution<SegmentMeans<L...>, Router, Score>> {
                         d_out(r, c) = factor(h, b, row, r, c) * d_context(row, (all ? h * dim : 0) + c);
                     }
                 if constexpr (!kernel)
-                    for (index_t s = 0; s < pass.heads; ++s) softmax_gradient(recipe.score, item, mask_of(h, b, s), d_out, s * width, width, d_q, d_k, d_v);
+                    for (index_t s = 0; s < pass.heads; ++s) {
+                        const Bounds columns{s * width, (s + 1) * width};
+                        const detail::DropoutMask mask = mask_of(h, b, s);
+                        softmax_gradient(recipe.score.factor(width), item.queries, item.keys, columns, item.values, item.made, d_out, columns, d_q, d_k, d_v,
+                                         [&](index_t r, index_t j) { return kept(mask.weight(r, j)); });
+                    }
                 for (index_t s = 0; kernel && s < pass.heads; ++s) {
                     const index_t first = s * width, last = first + width, first_f = s * features, last_f = first_f + features;
                     Matrix states(features, width);
@@ -521,11 +407,6 @@ struct OnCpu {
     }
 };
 
-/// How many bounds say something.
-struct Tightness {
-    std::size_t entries = 0, tight = 0;
-};
-
 template <class Recipe, class T>
 void check(Random& random, const Recipe& recipe, index_t dim, index_t heads, index_t batch, index_t tokens, const std::vector<index_t>& lengths, Tightness& of_all, const Dropout& dropout = {}, double output_dropout = 0) {
     INFO(batch, " items of ", tokens, " tokens, dim ", dim, ", heads ", heads);
@@ -534,27 +415,11 @@ void check(Random& random, const Recipe& recipe, index_t dim, index_t heads, ind
         OnCpu<Recipe, T> cpu(random, recipe, dim, heads, batch, tokens, lengths, dropout, output_dropout);
         const Formulas<Recipe> formulas(recipe, cpu.exact, cpu.routes);
         if (!formulas.routes_are_sure) continue;  // two logits are too close to each other
-        std::size_t entries = 0, tight = 0;
         cpu.compare_with(run_on_device(recipe, cpu.pass), [&](const std::vector<T>& device, const std::vector<double>& wanted, const std::string& what) {
             const Matrix& bound = what == "y" ? formulas.y : what == "d_x" ? formulas.d_x : formulas.gradients.at(what.substr(6));
-            REQUIRE(device.size() == wanted.size());
             REQUIRE(bound.entries.size() == wanted.size());
-            std::size_t wrong = 0;
-            double most = 0, worst = 0;
-            for (const double entry : wanted) most = std::max(most, std::abs(entry));
-            for (std::size_t i = 0; i < wanted.size(); ++i) {
-                // The CPU's numbers are rounded as well.
-                const double allowed = 1.01 * bound.entries[i].error * (1 + 2 * 0x1p-53 / unit) + 1e-300, apart = std::abs(double(device[i]) - wanted[i]);
-                wrong += !(apart <= allowed);
-                worst = std::max(worst, apart / allowed);
-                ++entries;
-                tight += allowed <= 1e5 * unit * most || most == 0;
-            }
-            INFO(what, " is off by ", worst, " times what it may be");
-            CHECK(wrong == 0);
+            check_within(device, wanted, [&](std::size_t i) { return bound.entries[i].error; }, what, of_all);
         });
-        of_all.entries += entries;
-        of_all.tight += tight;
         return;
     }
     FAIL("no inputs were found whose routes are sure");

@@ -40,6 +40,17 @@ struct MeanForm {
     }
 };
 
+/// Means of at most `segments` segments, as long as an item's tokens make them.
+template <class T>
+struct EvenMeansForm {
+    index_t segments;
+    Lengths lengths;
+    __device__ MeanForm<T> of(index_t item, index_t heads) const {
+        const index_t valid = lengths(item / heads);
+        return {max(1, valid / segments + (valid % segments != 0))};
+    }
+};
+
 template <class T>
 struct MaxForm {
     static constexpr int vector = 16 / sizeof(T);
@@ -80,23 +91,28 @@ struct MaxForm {
     }
 };
 
+/// Landmark j reads `width` tokens, from token j stride - before on.
 template <class T>
 struct ConvolutionForm {
     static constexpr int vector = 16 / sizeof(T);
     index_t stride, width;
     const T* weights;
+    index_t before = 0, of_head = 0;  // of_head: from the weights of a head to those of the next
+    /// That of one item of `heads` heads.
+    __device__ ConvolutionForm of(index_t item, index_t heads) const { return {stride, width, weights + item % heads * of_head, before, of_head}; }
     __device__ index_t landmarks(index_t valid) const { return valid / stride + (valid % stride != 0); }
     template <class Read>
     __device__ Vector<T> landmark(const Read& x, index_t j, index_t valid) const {
-        const index_t first = j * stride, count = min(width, valid - first);
+        const index_t first = j * stride - before, end = min(width, valid - first);
         Vector<T> sum{};
-        for (index_t t = 0; t < count; ++t) add(sum, weights[t], x(first + t));
+        for (index_t t = max(0, -first); t < end; ++t) add(sum, weights[t], x(first + t));
         return sum;
     }
     template <class Read, class ReadGradient>
-    __device__ Vector<T> token(const Read&, const ReadGradient& d_y, index_t i, index_t) const {
+    __device__ Vector<T> token(const Read&, const ReadGradient& d_y, index_t i, index_t valid) const {
+        const index_t last = i + before, end = min(landmarks(valid), last / stride + 1);
         Vector<T> sum{};
-        for (index_t j = i < width ? 0 : (i - width) / stride + 1; j * stride <= i; ++j) add(sum, weights[i - j * stride], d_y(j));
+        for (index_t j = last < width ? 0 : (last - width) / stride + 1; j < end; ++j) add(sum, weights[last - j * stride], d_y(j));
         return sum;
     }
 
@@ -158,7 +174,7 @@ struct CompressArguments {
 };
 
 template <class Form>
-__device__ Form form_of(const Form& form, index_t item, index_t heads) {
+__device__ auto form_of(const Form& form, index_t item, index_t heads) {
     if constexpr (requires { form.of(item, heads); }) return form.of(item, heads);
     else return form;
 }
@@ -172,7 +188,7 @@ __global__ void __launch_bounds__(256) compress_rows(const __grid_constant__ Com
     if (at >= offset_t{Adjoint ? a.call.tokens : a.call.landmarks} * vectors) return;
     const auto row = static_cast<index_t>(at / vectors), c = static_cast<index_t>(at % vectors) * vector, item = a.first_item + static_cast<index_t>(blockIdx.y);
     const index_t valid = a.call.lengths(item / a.call.heads);
-    const Form form = form_of(all, item, a.call.heads);
+    const auto form = form_of(all, item, a.call.heads);
     const auto x = [&](index_t i) { return load_vector(a.x.head(item) + i * a.x.row_stride + c); };
     Vector<T> made{};
     if constexpr (Adjoint) {
@@ -233,10 +249,10 @@ __global__ void __launch_bounds__(tile_threads, 2) project_rows(const __grid_con
 // Which (landmark, token) an entry of a table joins.
 
 struct ConvolutionPairs {
-    index_t stride;
+    index_t stride, before = 0;
     __device__ index_t count(index_t valid) const { return valid / stride + (valid % stride != 0); }
     __device__ index_t landmark(index_t, index_t pair) const { return pair; }
-    __device__ index_t token(index_t entry, index_t pair) const { return pair * stride + entry; }
+    __device__ index_t token(index_t entry, index_t pair) const { return pair * stride - before + entry; }
 };
 struct ProjectionPairs {
     index_t tokens;
@@ -256,12 +272,12 @@ struct TableGradientArguments {
 
 inline constexpr int table_threads = 128;
 
-/// One entry's sum over a part of the heads.
+/// One entry's sum over a part of the heads, a block each.
 template <class T, class Pairs>
 __global__ void __launch_bounds__(table_threads) table_gradient(const __grid_constant__ TableGradientArguments<T> a, const __grid_constant__ Pairs pairs) {
     using Reduce = cub::BlockReduce<double, table_threads>;
     __shared__ typename Reduce::TempStorage storage;
-    const auto entry = static_cast<index_t>(blockIdx.x), part = static_cast<index_t>(blockIdx.y);
+    const auto entry = static_cast<index_t>(blockIdx.x) % a.entries, part = static_cast<index_t>(blockIdx.x) / a.entries;
     const offset_t items = offset_t{a.call.batch} * a.call.heads;
     double sum = 0;
     for (auto item = static_cast<index_t>(items * part / a.parts); item < static_cast<index_t>(items * (part + 1) / a.parts); ++item) {
@@ -271,12 +287,12 @@ __global__ void __launch_bounds__(table_threads) table_gradient(const __grid_con
         const offset_t terms = offset_t{pairs.count(valid)} * a.call.columns;
         for (offset_t at = threadIdx.x; at < terms; at += table_threads) {
             const auto pair = static_cast<index_t>(at / a.call.columns), c = static_cast<index_t>(at % a.call.columns), token = pairs.token(entry, pair);
-            if (token < valid) sum += double(d_y[pairs.landmark(entry, pair) * a.d_y.row_stride + c]) * double(x[token * a.x.row_stride + c]);
+            if (token >= 0 && token < valid) sum += double(d_y[pairs.landmark(entry, pair) * a.d_y.row_stride + c]) * double(x[token * a.x.row_stride + c]);
         }
     }
     const double total = Reduce(storage).Sum(sum);
     if (threadIdx.x == 0) {
-        double& to = a.sums[offset_t{part} * a.entries + entry];
+        double& to = a.sums[blockIdx.x];
         to = a.first ? total : to + total;
     }
 }
@@ -342,7 +358,7 @@ public:
     void add_table_gradient(const CompressionCall& call, Compressed what, const Rows<T>& x, const Rows<T>& d_y, bool first) const {
         if constexpr (learned) {
             TableGradientArguments<T> arguments{x, d_y, call, entries_, parts_, sums_ + (what == Compressed::keys ? 0 : offset_t{parts_} * entries_), first};
-            const dim3 grid(static_cast<unsigned>(entries_), static_cast<unsigned>(parts_));
+            const dim3 grid(static_cast<unsigned>(entries_) * static_cast<unsigned>(parts_));
             if constexpr (projects) launch("table_gradient", table_gradient<T, ProjectionPairs>, grid, table_threads, 0, call.stream, arguments, ProjectionPairs{compression_->tokens});
             else launch("table_gradient", table_gradient<T, ConvolutionPairs>, grid, table_threads, 0, call.stream, arguments, ConvolutionPairs{compression_->stride});
         }

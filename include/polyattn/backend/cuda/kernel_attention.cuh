@@ -229,14 +229,7 @@ private:
         product.inner = inner;
         product.values = features;
         product.columns = width_;
-        const offset_t stride = offset_t{product.own_tokens} * width_;
-        product.finish = packed_finish<T>(nullptr, product.own_tokens, width_, call_.heads);
-        product.finish.out = to;
-        product.finish.out_batch = call_.heads * stride;
-        product.finish.out_head = stride;
-        product.finish.out_row = width_;
-        product.finish.out_vectors = true;
-        product.finish.accumulate = adds;
+        product.finish = packed_finish(to, product.own_tokens, width_, call_.heads, adds);
         linear_product(product, items(), call_.stream);
     }
 

@@ -109,18 +109,7 @@ __global__ void __launch_bounds__(tile_threads, 2) apply_states(const __grid_con
         __syncthreads();
     }
     T sum[S::rows_each][S::values_each];
-#pragma unroll
-    for (int i = 0; i < S::rows_each; ++i)
-#pragma unroll
-        for (int j = 0; j < S::columns_each; ++j) value_rows[(first_row + i) * S::stride + lane + 16 * j] = s[i][j];
-    __syncthreads();
-#pragma unroll
-    for (int i = 0; i < S::rows_each; ++i) {
-        const Vector<T> value = load_vector(value_rows + (first_row + i) * S::stride + lane * S::values_each);
-#pragma unroll
-        for (int c = 0; c < S::values_each; ++c) sum[i][c] = value.at[c];
-    }
-    __syncthreads();
+    to_neighbours(value_rows, s, sum);
     for (index_t tile = from; tile < to; ++tile) {
         const index_t begin = tile * S::side;
         T p[S::rows_each][S::columns_each] = {};

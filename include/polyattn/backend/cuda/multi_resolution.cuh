@@ -457,30 +457,13 @@ private:
                 } else {
                     const Rows<T> g = as_rows(d_heads, heads_, scratch, stream);
                     T* const out = scratch.template take<T>(call.items() * of_item);
-                    T* const rows_of_g = scratch.template take<T>(call.items() * of_item);
-                    T* const row_sums = scratch.template take<T>(offset_t{call.items()} * places);
+                    T* const of_product = op.take_product_gradient(scratch);
                     if (scratch.counts()) return;
                     op.prepare_backward();
                     op.apply(false, values, packed_finish(out, places, call.columns, heads_));
-                    HopGradientArguments<T> arguments{};
-                    arguments.g = g;
-                    arguments.z = packed_rows<T>(out, heads_, of_item, call.columns);
-                    arguments.v = values;
-                    arguments.walk = 1;
-                    arguments.queries = places;
-                    arguments.columns = call.columns;
-                    arguments.heads = heads_;
-                    arguments.query_lengths = call.query_lengths;
-                    arguments.logsumexp = op.marks();
-                    arguments.h = rows_of_g;
-                    arguments.h_stride = of_item;
-                    arguments.row_sums = row_sums;
-                    arguments.first = true;
-                    apply_hop_gradient(arguments, call.items(), stream);
-                    op.apply_transposed(packed_rows<T>(rows_of_g, heads_, of_item, call.columns), finish_v);
                     Finish<T> finish_k;
                     set_target(finish_k, d_keys);
-                    op.gradient(Hops<T>{1, rows_of_g, nullptr, values, places, call.columns, row_sums}, finish_q, finish_k, BiasSums{});
+                    op.product_gradient(of_product, g, packed_rows<T>(out, heads_, of_item, call.columns), values, &finish_v, finish_q, finish_k);
                 }
             });
             T* const d_rows = scratch.template take<T>(of_places);

@@ -81,14 +81,21 @@ void set_target(Finish<T>& finish, const TensorView<T>& out) {
     finish.packed_columns = padded<T>(out.dim());
 }
 
-/// To [items][tokens][columns], columns padded.
+/// To, or onto, [items][tokens][columns], columns padded.
 template <class T>
-Finish<T> packed_finish(T* to, index_t tokens, index_t columns, index_t heads) {
+Finish<T> packed_finish(T* to, index_t tokens, index_t columns, index_t heads, bool adds = false) {
     Finish<T> finish;
-    finish.packed = to;
     finish.packed_stride = offset_t{tokens} * columns;
     finish.packed_columns = finish.columns = columns;
     finish.heads = heads;
+    if (!adds) finish.packed = to;
+    else {
+        finish.out = to;
+        finish.out_batch = heads * finish.packed_stride;
+        finish.out_head = finish.packed_stride;
+        finish.out_row = columns;
+        finish.out_vectors = finish.accumulate = true;
+    }
     return finish;
 }
 

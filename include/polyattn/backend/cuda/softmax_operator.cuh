@@ -89,6 +89,30 @@ public:
         gradient_of<true>(hops, d_k, bias_sums);
     }
 
+    /// Scratch of product_gradient().
+    T* take_product_gradient(Carver& carver) const { return carver.template take<T>(offset_t{call_.items()} * call_.queries * (call_.columns + 1)); }
+    /// The adjoint of one product, `made` = A values, from g = dL/dmade: d_values may be null.
+    void product_gradient(T* scratch, const Rows<T>& g, const Rows<T>& made, const Rows<T>& values, const Finish<T>* d_values, const Finish<T>& d_q, const Finish<T>& d_k) const {
+        const offset_t of_item = offset_t{call_.queries} * call_.columns;
+        HopGradientArguments<T> arguments{};
+        arguments.g = g;
+        arguments.z = made;
+        arguments.v = values;
+        arguments.walk = 1;
+        arguments.queries = call_.queries;
+        arguments.columns = call_.columns;
+        arguments.heads = call_.heads;
+        arguments.query_lengths = call_.query_lengths;
+        arguments.logsumexp = op_.logsumexp;
+        arguments.h = scratch;
+        arguments.h_stride = of_item;
+        arguments.row_sums = scratch + call_.items() * of_item;
+        arguments.first = true;
+        apply_hop_gradient(arguments, call_.items(), call_.stream);
+        if (d_values) apply_transposed(packed_rows<T>(arguments.h, call_.heads, of_item, call_.columns), *d_values);
+        gradient(Hops<T>{1, arguments.h, nullptr, values, call_.queries, call_.columns, arguments.row_sums}, d_q, d_k, BiasSums{});
+    }
+
 private:
     static constexpr std::size_t tile_memory = 3 * S::buffer * sizeof(T);
 

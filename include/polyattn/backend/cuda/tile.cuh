@@ -96,6 +96,47 @@ __device__ void multiply_transposed(T (&s)[TileShape<T>::rows_each][TileShape<T>
     }
 }
 
+/// sum += a v over `depth` columns of a, which are rows of v.
+template <class T>
+__device__ void multiply_rows(T (&sum)[TileShape<T>::rows_each][TileShape<T>::values_each], const T* a, const T* v, int depth) {
+    using S = TileShape<T>;
+    a += static_cast<int>(threadIdx.x) / 16 * S::rows_each * S::stride;
+    v += static_cast<int>(threadIdx.x) % 16 * S::values_each;
+#pragma unroll 2
+    for (int k = 0; k < depth; k += S::vector) {
+        Vector<T> x[S::rows_each];
+#pragma unroll
+        for (int i = 0; i < S::rows_each; ++i) x[i] = load_vector(a + i * S::stride + k);
+#pragma unroll
+        for (int l = 0; l < S::vector; ++l) {
+            const Vector<T> y = load_vector(v + (k + l) * S::stride);
+#pragma unroll
+            for (int i = 0; i < S::rows_each; ++i)
+#pragma unroll
+                for (int c = 0; c < S::values_each; ++c) sum[i][c] += x[i].at[l] * y.at[c];
+        }
+    }
+}
+
+/// From every 16th column, as multiply_transposed() leaves them, to neighbouring columns, through a tile of shared memory.
+template <class T>
+__device__ void to_neighbours(T* tile, const T (&s)[TileShape<T>::rows_each][TileShape<T>::columns_each], T (&sum)[TileShape<T>::rows_each][TileShape<T>::values_each]) {
+    using S = TileShape<T>;
+    const int row = static_cast<int>(threadIdx.x) / 16 * S::rows_each, lane = static_cast<int>(threadIdx.x) % 16;
+#pragma unroll
+    for (int i = 0; i < S::rows_each; ++i)
+#pragma unroll
+        for (int j = 0; j < S::columns_each; ++j) tile[(row + i) * S::stride + lane + 16 * j] = s[i][j];
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < S::rows_each; ++i) {
+        const Vector<T> value = load_vector(tile + (row + i) * S::stride + lane * S::values_each);
+#pragma unroll
+        for (int c = 0; c < S::values_each; ++c) sum[i][c] = value.at[c];
+    }
+    __syncthreads();
+}
+
 /// Writes a thread's weights where multiply() reads them: [others][own].
 template <class T>
 __device__ void store_weights(T* to, const T (&p)[TileShape<T>::rows_each][TileShape<T>::columns_each]) {
