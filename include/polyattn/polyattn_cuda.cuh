@@ -1,10 +1,11 @@
 #pragma once
-/// Attention<..., Cuda> on tensors in device memory, for sources that nvcc compiles as C++20. Without xtensor and xsimd; the CPU's umbrella is polyattn.hpp.
+/// Attention<..., Cuda> and CudaNystromAttention on tensors in device memory, for sources that nvcc compiles as C++20. Without xtensor and xsimd; the CPU's umbrella is polyattn.hpp.
 /// By name beside it: backend/cuda/sampling.cuh (graphs and draws made on the device), backend/cuda/language_model.cuh and
 /// backend/cuda/multi_resolution.cuh (AdaMRA's layer).
 
 #include <polyattn/backend/cuda/attention_layer.cuh>
 #include <polyattn/backend/cuda/compressed_layer.cuh>
+#include <polyattn/backend/cuda/nystrom_attention.cuh>
 #include <polyattn/backend/cuda/thrust.cuh>
 #include <polyattn/policy/attention.hpp>
 #include <polyattn/policy/diffusion/diffusion.hpp>

@@ -2,6 +2,7 @@
 #include <polyattn/backend/cuda/compressed_layer.cuh>
 #include <polyattn/backend/cuda/language_model.cuh>
 #include <polyattn/backend/cuda/multi_resolution.cuh>
+#include <polyattn/backend/cuda/nystrom_attention.cuh>
 #include <polyattn/polyattn_cuda.cuh>
 
 POLYATTN_BEGIN_NAMESPACE
@@ -26,6 +27,17 @@ namespace detail::cuda {
     template __global__ void random_features<T>(const __grid_constant__ RandomFeatureArguments<T>);                     \
     template __global__ void recurrent_denominators<T>(const __grid_constant__ RecurrentDenominators<T>);               \
     template __global__ void recurrent_hop<T>(const __grid_constant__ RecurrentHop<T>);                                 \
+    template __global__ void compress_rows<false, T>(const __grid_constant__ CompressArguments<T>, const __grid_constant__ EvenMeansForm<T>); \
+    template __global__ void compress_rows<true, T>(const __grid_constant__ CompressArguments<T>, const __grid_constant__ EvenMeansForm<T>);  \
+    template __global__ void compress_rows<false, T>(const __grid_constant__ CompressArguments<T>, const __grid_constant__ ConvolutionForm<T>); \
+    template __global__ void compress_rows<true, T>(const __grid_constant__ CompressArguments<T>, const __grid_constant__ ConvolutionForm<T>); \
+    template __global__ void table_gradient<T>(const __grid_constant__ TableGradientArguments<T>, const __grid_constant__ ConvolutionPairs); \
+    template __global__ void multiply_matrices<TransposedFactor::none, T>(const __grid_constant__ MatrixProduct<T>);    \
+    template __global__ void multiply_matrices<TransposedFactor::first, T>(const __grid_constant__ MatrixProduct<T>);   \
+    template __global__ void multiply_matrices<TransposedFactor::second, T>(const __grid_constant__ MatrixProduct<T>);  \
+    template __global__ void largest_sums<T>(const T*, index_t, index_t, LargestSums<T>*);                              \
+    template __global__ void begin_inverse<T>(const T*, const LargestSums<T>*, T*, index_t, index_t, offset_t);         \
+    template __global__ void begin_inverse_gradient<T>(const T*, const LargestSums<T>*, const T*, T*, index_t, index_t); \
     template __global__ void choose_routes<T>(const __grid_constant__ RoutedRows, const T*, T*, index_t*);              \
     template __global__ void gather_rows<T>(const __grid_constant__ BucketRows<T>);                                     \
     template __global__ void scatter_rows<T>(const __grid_constant__ BucketRows<T>);                                    \
