@@ -108,7 +108,7 @@ public:
             if (tensor.shape() == std::vector<offset_t>{rows, columns}) return;
             tensor = CudaTensor<T>(std::vector<offset_t>{rows, columns});
             // Columns that pad rows are never written, but read.
-            if (tensor.size() > 0) check_cuda(cudaMemsetAsync(tensor.data(), 0, static_cast<std::size_t>(tensor.size()) * sizeof(T), stream_), "cudaMemsetAsync");
+            detail::cuda::fill_zeros(tensor.data(), tensor.size(), stream_);
         };
         for (CudaTensor<T>* tensor : {&x_, &normed_, &context_}) shape(*tensor, width);
         shape(logits_, vocabulary_);

@@ -412,7 +412,7 @@ private:
         d_table.assign(parameters_.table.size(), 0.);
         if (pass.is_empty()) {  // without query heads there may be keys
             for (const TensorView<T>& view : {d_q, d_k, d_v})
-                if (view.size() > 0) check_cuda(cudaMemsetAsync(view.data, 0, static_cast<std::size_t>(view.size()) * sizeof(T), stream), "cudaMemsetAsync");
+                fill_zeros(view.data, view.size(), stream);
             return most;
         }
 

@@ -126,7 +126,7 @@ public:
     }
     /// d_a = dL/dA from d_z = dL/dZ, which is used up.
     void backward(T* d_z, T* d_a, T* scratch, cudaStream_t stream) const {
-        check_cuda(cudaMemsetAsync(d_a, 0, static_cast<std::size_t>(size()) * sizeof(T), stream), "cudaMemsetAsync");
+        fill_zeros(d_a, size(), stream);
         T *const d_x = scratch + 3 * size(), *const d_u = d_x + size(), *const d_w = d_u + size();
         T* next = d_w + size();
         for (index_t t = iterations_; t-- > 0;) {
