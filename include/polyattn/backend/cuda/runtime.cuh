@@ -76,13 +76,21 @@ private:
     std::size_t bytes_ = 0;
 };
 
+/// Fills the memory from the host's, done on return: cudaMemcpy alone may come back before the last bytes have moved, and streams that do not wait for the default
+/// one would read too early.
+inline void copy_to_device(const DeviceMemory& memory, const void* from, const char* what) {
+    if (memory.bytes() == 0) return;
+    check_cuda(cudaMemcpy(memory.data(), from, memory.bytes(), cudaMemcpyHostToDevice), what);
+    check_cuda(cudaStreamSynchronize(nullptr), "cudaStreamSynchronize");
+}
+
 /// A constant array in device memory.
 template <class T>
 class DeviceArray {
 public:
     DeviceArray() = default;
     explicit DeviceArray(std::span<const T> from) : memory_(from.size_bytes()), size_(static_cast<offset_t>(from.size())) {
-        if (!from.empty()) check_cuda(cudaMemcpy(memory_.data(), from.data(), from.size_bytes(), cudaMemcpyHostToDevice), "cudaMemcpy of a plan");
+        copy_to_device(memory_, from.data(), "cudaMemcpy of a plan");
     }
     explicit DeviceArray(const std::vector<T>& from) : DeviceArray(std::span<const T>(from)) {}
 

@@ -13,9 +13,9 @@ public:
     CudaTensor() = default;
     /// Uninitialised. Throws cuda_error.
     explicit CudaTensor(std::vector<offset_t> extents) : shape_(std::move(extents)), memory_(bytes(shape_)) {}
-    /// A copy of host memory with so many elements.
+    /// A copy of host memory with so many elements, done on return.
     CudaTensor(const T* from, std::vector<offset_t> extents) : CudaTensor(std::move(extents)) {
-        if (memory_.bytes() > 0) detail::cuda::check_cuda(cudaMemcpy(memory_.data(), from, memory_.bytes(), cudaMemcpyHostToDevice), "cudaMemcpy to a tensor");
+        detail::cuda::copy_to_device(memory_, from, "cudaMemcpy to a tensor");
     }
 
     T* data() const { return static_cast<T*>(memory_.data()); }
