@@ -3,7 +3,7 @@
 //           [--folder FOLDER] [--seed N]
 // listops: nested operations on digits, [MAX 4 [MIN 2 9 ] 7 ], by the rules of Nangia and Bowman, "ListOps" (2018); paths: are two marked points of
 // a picture on one path (after Linsley et al., Pathfinder); digits: 8 x 8 pixels. Prints one table; a run that is in FOLDER is not repeated.
-// `full` takes some three hours on two cores, `quick` some minutes.
+// `full` takes some hours, `quick` some minutes.
 #include "attention_zoo.hpp"
 #include "digits.hpp"
 #include "experiment.hpp"

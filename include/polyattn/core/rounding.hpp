@@ -7,7 +7,7 @@ POLYATTN_BEGIN_NAMESPACE
 namespace detail {
 
 /// a * b as a number of its own. Compilers make one operation, with one rounding, of a product and the sum that takes it, where the machine has such (-mfma);
-/// choices that sums decide, a nearest cluster or a bucket, would then hang on compiler and machine.
+/// choices that sums decide, a nearest cluster or a bucket, would then depend on compiler and machine.
 inline double rounded_product(double a, double b) {
     double product = a * b;
 #if defined(__GNUC__) && defined(__x86_64__)

@@ -23,8 +23,8 @@ inline constexpr double normal_tail_coefficients<double>[24] = {
     1.78650538281686543e-7,   -1.48040276148099434e-6,  -1.56238776939129447e-7, 2.56196275413819335e-7,  6.61834320494966956e-8,  -3.99434903555980512e-8,
     -1.96959008567340945e-8,  4.46123194324535405e-9,   4.01684673933235045e-9,  -1.46840669124679767e-10, -4.22164424169668373e-10, -2.99944550781327365e-11};
 
-/// P(z < x) and the density at x of a standard normal z. Relative errors of (x^2 + 16) units in the last place, in the far tail too, until e^(-x^2 / 2)
-/// leaves the normal numbers and counts as 0.
+/// P(z < x) and the density at x of a standard normal z. Relative errors of at most (1.25 x^2 + 16) units of rounding, in the far tail too, until
+/// e^(-x^2 / 2) leaves the normal numbers and counts as 0.
 template <class T, class A>
 struct Normal {
     using V = simd::Vec<T, A>;

@@ -42,7 +42,8 @@ void spread_segments(index_t tokens, index_t length, MatrixView<const T> d_y, Ma
     }
 }
 
-/// LinearProjection as products of matrices, one head after the other, with threads inside the products. Its weights in T, [landmarks][tokens].
+/// LinearProjection as products of matrices, one head after the other, with threads inside the products. Its weights in T, [landmarks][tokens];
+/// their gradient is summed over heads in T as well.
 template <class T, class A>
 class Projection {
 public:
