@@ -1,6 +1,6 @@
 #pragma once
 /// Attention<..., Cuda> and CudaNystromAttention on tensors in device memory, for sources that nvcc compiles as C++20. Without xtensor and xsimd; the CPU's umbrella is polyattn.hpp.
-/// By name beside it: backend/cuda/sampling.cuh (graphs and draws made on the device), backend/cuda/language_model.cuh and
+/// By name beside it: backend/cuda/sampling.cuh and backend/cuda/plan_building.cuh (graphs, draws and plans made on the device), backend/cuda/language_model.cuh and
 /// backend/cuda/multi_resolution.cuh (AdaMRA's layer).
 
 #include <polyattn/backend/cuda/attention_layer.cuh>

@@ -5,6 +5,7 @@
 #include "support/random.hpp"
 
 #include <polyattn/backend/head.hpp>
+#include <polyattn/backend/cuda/plan_building.cuh>
 #include <polyattn/backend/reference/attention.hpp>
 #include <polyattn/policy/bias/bias.hpp>
 #include <polyattn/polyattn_cuda.cuh>
@@ -142,6 +143,30 @@ TEST_CASE("samplers draw what they draw on the CPU") {
     CudaOptions planned;
     planned.plan = intersect(Causal{}.plan(n, n), LocallyBiased<4>{}.sample(n, n, options.draw, true));
     CHECK(to_host(layer(x.view(), x.view(), x.view(), options)).values == to_host(Attention<Cuda>{}(x.view(), x.view(), x.view(), planned)).values);
+}
+
+TEST_CASE("plans made on the device give the same bits, and the host never asks for their edges") {
+    POLYATTN_RANDOM(random);
+    const index_t n = 60, d = 4;
+    const auto x = to_device(random.tensor<float>({2, n, d})), d_out = to_device(random.tensor<float>({2, n, d}));
+    const auto check = [&](const auto& layer, const Draw& draw) {
+        const Plan plan = plan_on_device(layer, n, n, draw);
+        REQUIRE(plan.find_lowered<detail::cuda::DeviceEdges>());
+        CudaOptions options;
+        options.draw = draw;
+        options.plan = Plan::with_edges_elsewhere(n, n, {plan.tiles().begin(), plan.tiles().end()}, []() -> Edges { throw std::logic_error("edges were fetched"); });
+        options.plan->adopt(std::make_shared<const detail::cuda::DeviceEdges>(plan.lowered<detail::cuda::DeviceEdges>()));
+        const auto made = layer.forward(x.view(), x.view(), x.view(), options);
+        options.plan.reset();
+        const auto wanted = layer.forward(x.view(), x.view(), x.view(), options);
+        CHECK(to_host(made.out).values == to_host(wanted.out).values);
+        const auto gradients = layer.backward(made.saved, d_out.view()), wanted_gradients = layer.backward(wanted.saved, d_out.view());
+        CHECK(to_host(gradients.q).values == to_host(wanted_gradients.q).values);
+        CHECK(to_host(gradients.k).values == to_host(wanted_gradients.k).values);
+        CHECK(to_host(gradients.v).values == to_host(wanted_gradients.v).values);
+    };
+    check(make_layer(), {});
+    check(Attention<LocalGlobalRandom, LocallyBiased<3>, Cuda>{LocalGlobalRandom{.window = 6, .globals = 2, .randoms = 12}, LocallyBiased<3>{}}, {.seed = random.seed(), .step = 2});
 }
 
 TEST_CASE("errors name the argument, or the call") {

@@ -14,3 +14,4 @@ inline auto execution() {
 }
 
 #include "cuda/sampling_table.hpp"
+#include "cuda/plan_table.hpp"

@@ -4,3 +4,4 @@
 inline auto execution() { return thrust::device; }
 
 #include "cuda/sampling_table.hpp"
+#include "cuda/plan_table.hpp"

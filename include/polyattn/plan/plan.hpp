@@ -2,6 +2,7 @@
 
 #include <polyattn/plan/part.hpp>
 
+#include <functional>
 #include <map>
 #include <mutex>
 
@@ -21,10 +22,20 @@ public:
     Plan(index_t queries, index_t keys, std::vector<Tile> tiles, Edges edges)
         : state_(std::make_shared<State>(queries, keys, std::move(tiles), std::move(edges))) {}
 
+    /// A plan whose edges a backend keeps (adopt()); `fetch` copies them, when the host asks for the first time.
+    static Plan with_edges_elsewhere(index_t queries, index_t keys, std::vector<Tile> tiles, std::function<Edges()> fetch) {
+        Plan plan(queries, keys, std::move(tiles), {});
+        plan.state_->fetch = std::move(fetch);
+        return plan;
+    }
+
     index_t queries() const { return state_->queries; }
     index_t keys() const { return state_->keys; }
     std::span<const Tile> tiles() const { return state_->tiles; }
-    const Edges& edges() const { return state_->edges; }
+    const Edges& edges() const {
+        if (state_->fetch) std::call_once(state_->fetched, [this] { state_->edges = state_->fetch(); });
+        return state_->edges;
+    }
 
     /// Pairs (query, key). O(rows of all tiles).
     offset_t count() const {
@@ -106,6 +117,19 @@ public:
         }
         return *static_cast<const L*>(slot.get());
     }
+    /// The schedule if it was built or adopted before, otherwise null.
+    template <class L>
+    const L* find_lowered() const {
+        const std::lock_guard lock(state_->mutex);
+        const auto found = state_->lowerings.find(&type_tag<L>);
+        return found == state_->lowerings.end() ? nullptr : static_cast<const L*>(found->second.get());
+    }
+    /// Keeps a schedule that was made elsewhere than from the plan's parts on the host, for lowered() to find.
+    template <class L>
+    void adopt(std::shared_ptr<const L> lowering) const {
+        const std::lock_guard lock(state_->mutex);
+        state_->lowerings[&type_tag<L>] = std::move(lowering);
+    }
 
 private:
     template <class L>
@@ -116,6 +140,8 @@ private:
         index_t queries, keys;
         std::vector<Tile> tiles;
         Edges edges;
+        std::function<Edges()> fetch;
+        std::once_flag fetched;
         std::recursive_mutex mutex;
         std::map<const void*, std::shared_ptr<const void>> lowerings;
     };

@@ -1,12 +1,11 @@
 #pragma once
 // A plan in device memory, in the order in which thread blocks work.
 
+#include <polyattn/backend/cuda/plan_arrays.cuh>
 #include <polyattn/backend/cuda/runtime.cuh>
-#include <polyattn/plan/plan.hpp>
 
 #include <algorithm>
 #include <limits>
-#include <map>
 
 POLYATTN_BEGIN_NAMESPACE
 
@@ -17,14 +16,6 @@ struct Sequence {
     index_t first;
     const index_t* list;
     __device__ index_t operator[](index_t position) const { return list ? list[position] : first + position; }
-};
-
-/// A tile: offsets into the plan's arrays, -1 for none.
-struct DeviceTile {
-    index_t first_row, rows, first_key, keys;
-    offset_t row_list, key_list;
-    offset_t bounds;    // one a row
-    offset_t excluded;  // bits, one a position of the keys
 };
 
 /// What a group has to do with one tile. "Own" tokens are the group's (queries, or keys when transposed), the "others" are walked over.
@@ -54,12 +45,25 @@ struct PlanView {
     const Segment* segments;
 };
 
-/// Compressed sparse rows: edge e of row i leads to token to[e]; its weight is number index[e], e itself without an index.
-struct EdgeView {
-    const offset_t* offsets;
-    const index_t* to;
-    const offset_t* index;
+// DeviceEdges of a plan whose edges the host has.
+struct CopiedEdges {
+    DeviceArray<offset_t> offsets;
+    DeviceArray<index_t> keys;
+    DeviceArray<offset_t> transposed_offsets;
+    DeviceArray<index_t> queries;
+    DeviceArray<offset_t> forward;
 };
+inline DeviceEdges::DeviceEdges(const Plan& plan) : count_(plan.edges().count()) {
+    const Edges& edges = plan.edges();
+    const auto& transposed = plan.lowered<TransposedEdges>();
+    // Without edges there are offsets still: kernels finish rows by them that tiles do not.
+    const std::vector<offset_t> none(edges.offsets.empty() ? static_cast<std::size_t>(plan.queries()) + 1 : 0, 0);
+    const auto copies = std::make_shared<const CopiedEdges>(CopiedEdges{DeviceArray<offset_t>(edges.offsets.empty() ? none : edges.offsets), DeviceArray<index_t>(edges.keys),
+                                                                        DeviceArray<offset_t>(transposed.offsets), DeviceArray<index_t>(transposed.queries), DeviceArray<offset_t>(transposed.forward)});
+    by_query_ = {copies->offsets.data(), copies->keys.data(), nullptr};
+    by_key_ = {copies->transposed_offsets.data(), copies->queries.data(), copies->forward.data()};
+    owner_ = copies;
+}
 
 /// A range of groups; those from `first_single` on are single tokens.
 struct Wave {
@@ -83,64 +87,27 @@ class DevicePlan {
 
 public:
     explicit DevicePlan(const Plan& plan) {
-        std::vector<DeviceTile> tiles;
-        std::vector<index_t> lists;
-        std::vector<Bounds> bounds;
-        std::vector<std::uint32_t> excluded;
-        std::map<const void*, offset_t> known;
-        const auto place = [&](const IndexSequence& sequence) -> offset_t {
-            if (!sequence.is_list()) return -1;
-            const auto [at, added] = known.try_emplace(sequence.identity(), static_cast<offset_t>(lists.size()));
-            if (added) lists.insert(lists.end(), sequence.elements().begin(), sequence.elements().end());
-            return at->second;
-        };
-        for (const Tile& tile : plan.tiles()) {
-            DeviceTile made{tile.rows.empty() ? 0 : tile.rows.front(), tile.rows.size(), tile.keys.empty() ? 0 : tile.keys.front(), tile.keys.size(), place(tile.rows), place(tile.keys), -1, -1};
-            if (!tile.bounds.empty()) {
-                made.bounds = static_cast<offset_t>(bounds.size());
-                bounds.insert(bounds.end(), tile.bounds.begin(), tile.bounds.end());
-            }
-            if (!tile.excluded.empty()) {
-                made.excluded = static_cast<offset_t>(excluded.size());
-                excluded.resize(excluded.size() + static_cast<std::size_t>(tile.keys.size() + 31) / 32, 0);
-                for (const index_t key : tile.excluded)
-                    if (const index_t position = tile.keys.find(key); position >= 0)
-                        excluded[static_cast<std::size_t>(made.excluded + position / 32)] |= 1u << position % 32;
-            }
-            tiles.push_back(made);
-        }
-        lower(plan, tiles, rows_, false, plan.queries());
-        lower(plan, tiles, columns_, true, plan.keys());
-        tiles_ = DeviceArray<DeviceTile>(tiles);
-        lists_ = DeviceArray<index_t>(lists);
-        bounds_ = DeviceArray<Bounds>(bounds);
-        excluded_ = DeviceArray<std::uint32_t>(excluded);
-
-        edges_ = plan.edges().count();
-        std::vector<offset_t> offsets = plan.edges().offsets;
-        if (offsets.empty()) offsets.assign(static_cast<std::size_t>(plan.queries()) + 1, 0);
-        offsets_ = DeviceArray<offset_t>(offsets);
-        keys_ = DeviceArray<index_t>(plan.edges().keys);
-        const auto& transposed = plan.lowered<TransposedEdges>();
-        transposed_offsets_ = DeviceArray<offset_t>(transposed.offsets);
-        queries_ = DeviceArray<index_t>(transposed.queries);
-        forward_ = DeviceArray<offset_t>(transposed.forward);
+        const TileArrays arrays(plan);
+        lower(plan, arrays.tiles, rows_, false, plan.queries());
+        lower(plan, arrays.tiles, columns_, true, plan.keys());
+        tiles_ = DeviceArray<DeviceTile>(arrays.tiles);
+        lists_ = DeviceArray<index_t>(arrays.lists);
+        bounds_ = DeviceArray<Bounds>(arrays.bounds);
+        excluded_ = DeviceArray<std::uint32_t>(arrays.excluded);
+        edges_ = &plan.lowered<DeviceEdges>();
     }
 
     const Direction& rows() const { return rows_; }
     const Direction& columns() const { return columns_; }
-    offset_t edge_count() const { return edges_; }
+    offset_t edge_count() const { return edges_->count(); }
     /// Every query's row is finished by the edges' kernel, unless tiles alone finish all of them.
-    bool finished_by_edges(bool transposed) const { return edges_ > 0 || !(transposed ? columns_ : rows_).complete; }
+    bool finished_by_edges(bool transposed) const { return edge_count() > 0 || !(transposed ? columns_ : rows_).complete; }
 
     PlanView view(bool transposed) const {
         const Direction& direction = transposed ? columns_ : rows_;
         return {tiles_.data(), lists_.data(), bounds_.data(), excluded_.data(), direction.device_groups.data(), direction.device_segments.data()};
     }
-    EdgeView edges(bool transposed) const {
-        if (transposed) return {transposed_offsets_.data(), queries_.data(), forward_.data()};
-        return {offsets_.data(), keys_.data(), nullptr};
-    }
+    EdgeView edges(bool transposed) const { return transposed ? edges_->by_key() : edges_->by_query(); }
 
 private:
     /// A list of at most `most_single` tokens that see sequences longer than `short_others` is worked on token by token: as groups it would keep one or
@@ -277,11 +244,10 @@ private:
 
     Direction rows_, columns_;
     DeviceArray<DeviceTile> tiles_;
-    DeviceArray<index_t> lists_, keys_, queries_;
+    DeviceArray<index_t> lists_;
     DeviceArray<Bounds> bounds_;
     DeviceArray<std::uint32_t> excluded_;
-    DeviceArray<offset_t> offsets_, transposed_offsets_, forward_;
-    offset_t edges_ = 0;
+    const DeviceEdges* edges_;  // beside this in the plan
 };
 
 }  // namespace detail::cuda

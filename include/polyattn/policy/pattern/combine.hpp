@@ -8,12 +8,13 @@ POLYATTN_BEGIN_NAMESPACE
 
 namespace detail {
 
-template <class... Ps, class Join>
-Plan join_plans(const std::tuple<Ps...>& patterns, index_t queries, index_t keys, Join join) {
+/// join() of the plans that plan_of() makes of the patterns, from the first to the last.
+template <class... Ps, class PlanOf, class Join>
+Plan join_plans(const std::tuple<Ps...>& patterns, PlanOf plan_of, Join join) {
     return std::apply(
         [&](const auto& first, const auto&... rest) {
-            Plan plan = first.plan(queries, keys);
-            ((plan = join(plan, rest.plan(queries, keys))), ...);
+            Plan plan = plan_of(first);
+            ((plan = join(plan, plan_of(rest))), ...);
             return plan;
         },
         patterns);
@@ -39,7 +40,7 @@ struct Union : detail::Combination<First, Rest...> {
     Union() = default;
     Union(First first, Rest... rest) : detail::Combination<First, Rest...>{{std::move(first), std::move(rest)...}} {}
     Plan plan(index_t queries, index_t keys) const {
-        return detail::join_plans(this->patterns, queries, keys, [](const Plan& a, const Plan& b) { return unite(a, b); });
+        return detail::join_plans(this->patterns, [&](const auto& pattern) { return pattern.plan(queries, keys); }, [](const Plan& a, const Plan& b) { return unite(a, b); });
     }
 };
 
@@ -51,7 +52,7 @@ struct Intersection : detail::Combination<First, Rest...> {
     Intersection() = default;
     Intersection(First first, Rest... rest) : detail::Combination<First, Rest...>{{std::move(first), std::move(rest)...}} {}
     Plan plan(index_t queries, index_t keys) const {
-        return detail::join_plans(this->patterns, queries, keys, [](const Plan& a, const Plan& b) { return intersect(a, b); });
+        return detail::join_plans(this->patterns, [&](const auto& pattern) { return pattern.plan(queries, keys); }, [](const Plan& a, const Plan& b) { return intersect(a, b); });
     }
 };
 

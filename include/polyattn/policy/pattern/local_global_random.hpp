@@ -21,11 +21,12 @@ struct LocalGlobalRandom {
         detail::require(globals >= 0, "globals", "a number of tokens >= 0", globals);
         detail::require(randoms >= 0, "randoms", "a number of tokens >= 0", randoms);
     }
-    Plan plan(index_t queries, index_t keys) const {
+    /// The patterns that it is the union of.
+    auto parts() const {
         // Global tokens first: the window then leaves out their rows and columns and stays one tile.
-        return Union(GlobalTokens{.count = globals, .seed = seed}, SlidingWindow{.window = window}, RandomTokens{.count = randoms, .seed = seed})
-            .plan(queries, keys);
+        return Union(GlobalTokens{.count = globals, .seed = seed}, SlidingWindow{.window = window}, RandomTokens{.count = randoms, .seed = seed});
     }
+    Plan plan(index_t queries, index_t keys) const { return parts().plan(queries, keys); }
 };
 
 /// Sliding window, dilated if wanted, and given global tokens. Source: Beltagy et al., Longformer (2020).
