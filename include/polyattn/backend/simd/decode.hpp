@@ -42,13 +42,19 @@ void for_each_key_run(const Plan& plan, index_t key_length, F&& f) {
     emit({edges.data(), 0, static_cast<index_t>(std::lower_bound(edges.begin(), edges.end(), key_length) - edges.begin())});
 }
 
-/// weights[head * stride + l] = queries[head] . row(l) for the keys l of one vector. Two heads share what is loaded of half of them.
+/// Numbers of a line of the caches.
+template <class T>
+inline constexpr index_t cache_line = 64 / sizeof(T);
+
+/// weights[head * stride + l] = queries[head] . row(l) for the keys l of one vector. Two heads share what is loaded of half of them. While the first heads work,
+/// row(l) + ahead is fetched, if that is not 0.
 template <class T, class A, class Row>
-POLYATTN_ALWAYS_INLINE void key_dots(const T* queries, index_t heads, index_t dim, Row&& row, T* weights, index_t stride) {
+POLYATTN_ALWAYS_INLINE void key_dots(const T* queries, index_t heads, index_t dim, Row&& row, std::ptrdiff_t ahead, T* weights, index_t stride) {
     using V = Vec<T, A>;
     constexpr int width = lanes<T, A>, half = width / 2;
     index_t m = 0;
-    for (; m + 2 <= heads; m += 2)
+    for (; m + 2 <= heads; m += 2) {
+        const std::ptrdiff_t fetched = m == 0 ? ahead : 0;
         unroll<2>([&](auto part) POLYATTN_INLINE_LAMBDA {
             PerLane<T, A> product;
             expand<width>([&]<int... L>(Ints<L...>) POLYATTN_INLINE_LAMBDA { ((product[L] = V(T(0))), ...); });
@@ -56,7 +62,9 @@ POLYATTN_ALWAYS_INLINE void key_dots(const T* queries, index_t heads, index_t di
                 const V query[2] = {in_register<T, A>(V::load_aligned(queries + m * dim + c)), in_register<T, A>(V::load_aligned(queries + (m + 1) * dim + c))};
                 expand<half>([&]<int... L>(Ints<L...>) POLYATTN_INLINE_LAMBDA {
                     ([&]() POLYATTN_INLINE_LAMBDA {
-                        const V key = in_register<T, A>(V::load_unaligned(row(std::integral_constant<int, part * half + L>{}) + c));
+                        const T* const at = row(std::integral_constant<int, part * half + L>{}) + c;
+                        const V key = in_register<T, A>(V::load_unaligned(at));
+                        if (fetched && c % cache_line<T> == 0) prefetch(at + fetched);
                         product[L] = multiply_add(query[0], key, product[L]);
                         product[L + half] = multiply_add(query[1], key, product[L + half]);
                     }(), ...);
@@ -67,21 +75,27 @@ POLYATTN_ALWAYS_INLINE void key_dots(const T* queries, index_t heads, index_t di
             std::copy_n(dots, half, weights + m * stride + part * half);
             std::copy_n(dots + half, half, weights + (m + 1) * stride + part * half);
         });
+    }
     if (m == heads) return;
+    const std::ptrdiff_t fetched = m == 0 ? ahead : 0;
     PerLane<T, A> product;
     expand<width>([&]<int... L>(Ints<L...>) POLYATTN_INLINE_LAMBDA {
         ((product[L] = V(T(0))), ...);
         for (index_t c = 0; c < dim; c += width) {
             const V query = V::load_aligned(queries + m * dim + c);
-            ((product[L] = multiply_add(query, V::load_unaligned(row(std::integral_constant<int, L>{}) + c), product[L])), ...);
+            ([&]() POLYATTN_INLINE_LAMBDA {
+                const T* const at = row(std::integral_constant<int, L>{}) + c;
+                if (fetched && c % cache_line<T> == 0) prefetch(at + fetched);
+                product[L] = multiply_add(query, V::load_unaligned(at), product[L]);
+            }(), ...);
         }
     });
     lane_sums<T, A>(product).store_aligned(weights + m * stride);
 }
 
-/// sums[head][columns] += sum over p < count of weights[head][p] * x[keys[p]] for M heads and N vectors of columns.
-template <int M, int N, class T, class A>
-POLYATTN_ALWAYS_INLINE void key_sums(const T* weights, index_t weight_stride, const KeyRun& keys, index_t first, index_t count, Rows<T> x, T* sums, index_t sums_stride) {
+/// sums[head][columns] += sum over p < count of weights[head][p] * row(p)[columns] for M heads and N vectors of columns. Fetches row(p) + ahead, if that is not 0.
+template <int M, int N, class T, class A, class Row>
+POLYATTN_ALWAYS_INLINE void key_sums(const T* weights, index_t weight_stride, index_t count, Row&& row, std::ptrdiff_t ahead, T* sums, index_t sums_stride) {
     using V = Vec<T, A>;
     constexpr int width = lanes<T, A>, sets = std::max(1, 8 / (M * N));
     V acc[sets][M * N];
@@ -89,9 +103,10 @@ POLYATTN_ALWAYS_INLINE void key_sums(const T* weights, index_t weight_stride, co
         expand<M * N>([&]<int... I>(Ints<I...>) POLYATTN_INLINE_LAMBDA { ((acc[s][I] = s == 0 ? V::load_aligned(sums + I / N * sums_stride + I % N * width) : V(T(0))), ...); });
     });
     const auto add = [&](auto set, index_t p) POLYATTN_INLINE_LAMBDA {
-        const T* const row = x.row(keys[first + p]);
+        const T* const at = row(p);
+        if (ahead) expand<N>([&]<int... I>(Ints<I...>) POLYATTN_INLINE_LAMBDA { ((I * width % cache_line<T> == 0 ? prefetch(at + ahead + I * width) : void()), ...); });
         V value[N];
-        expand<N>([&]<int... I>(Ints<I...>) POLYATTN_INLINE_LAMBDA { ((value[I] = in_register<T, A>(V::load_unaligned(row + I * width))), ...); });
+        expand<N>([&]<int... I>(Ints<I...>) POLYATTN_INLINE_LAMBDA { ((value[I] = in_register<T, A>(V::load_unaligned(at + I * width))), ...); });
         expand<M * N>([&]<int... I>(Ints<I...>) POLYATTN_INLINE_LAMBDA { ((acc[set][I] = multiply_add(V(weights[I / N * weight_stride + p]), value[I % N], acc[set][I])), ...); });
     };
     index_t p = 0;
@@ -108,7 +123,7 @@ template <class A, class T, class Bias>
 void decode(std::span<const Head<T, Bias>> heads, std::span<const HeadResult<T>> results, Workers& workers) {
     using V = Vec<T, A>;
     constexpr int width = lanes<T, A>;
-    constexpr index_t block = 64, chunk_keys = 4096, line = 64 / sizeof(T);  // a block of values stays in the first-level cache
+    constexpr index_t block = 64, chunk_keys = 4096;  // a block of values stays in the first-level cache
     const Head<T, Bias>& first = heads[0];
     const auto rows = static_cast<index_t>(heads.size());
     const index_t dim = padded(first.q.cols, width), columns = padded(first.v.cols, width);
@@ -134,7 +149,7 @@ void decode(std::span<const Head<T, Bias>> heads, std::span<const HeadResult<T>>
     T* const states = arena.take<T>(runs * rows * state_size).data();
     const auto scratch = arena.take<T*>(workers.count());
     for (int w = 0; w < workers.count(); ++w) scratch[static_cast<std::size_t>(w)] = workers[w].template take<T>(offset_t{rows} * (block + columns)).data();
-    const bool ahead = offset_t{first.k.rows} * (dim + columns) * static_cast<offset_t>(sizeof(T)) > offset_t{8} << 20;
+    const bool from_memory = offset_t{first.k.rows} * (dim + columns) * static_cast<offset_t>(sizeof(T)) > offset_t{8} << 20;
     parallel_for(runs, [&](offset_t r, int worker) {
         const KeyRun& run = chunks[static_cast<std::size_t>(r)];
         T *const weights = scratch[static_cast<std::size_t>(worker)], *const sums = weights + offset_t{rows} * block;
@@ -146,21 +161,18 @@ void decode(std::span<const Head<T, Bias>> heads, std::span<const HeadResult<T>>
         }
         for (index_t at = 0; at < run.count; at += block) {
             const index_t count = std::min(block, run.count - at);
+            // The next block comes in meanwhile, row by row: the hardware does not see ahead where keys and values take turns, and many lines at once would hold up the arithmetic.
+            const bool fetches = from_memory && !run.keys && run[at] + count + block <= first.k.rows;
             for (index_t p = 0; p < count; p += width) {
-                if (ahead)  // the next block comes in meanwhile: the hardware does not see ahead where keys and values take turns
-                    for (index_t next = at + block + p; next < std::min(at + block + p + width, run.count); ++next) {
-                        for (index_t c = 0; c < dim; c += line) prefetch(k.row(run[next]) + c);
-                        for (index_t c = 0; c < columns; c += line) prefetch(v.row(run[next]) + c);
-                    }
                 if (!run.keys && p + width <= count) {  // four base pointers and one offset
                     const T* const keys = k.row(run[at + p]);
                     const T* const base[4] = {keys, keys + k.stride, keys + 2 * k.stride, keys + 3 * k.stride};
                     const std::ptrdiff_t four = 4 * k.stride;
-                    key_dots<T, A>(queries, rows, dim, [&](auto l) POLYATTN_INLINE_LAMBDA { return base[l % 4] + l / 4 * four; }, weights + p, block);
+                    key_dots<T, A>(queries, rows, dim, [&](auto l) POLYATTN_INLINE_LAMBDA { return base[l % 4] + l / 4 * four; }, fetches ? block * k.stride : 0, weights + p, block);
                 } else {
                     const T* key[width];
                     unroll<width>([&](auto l) POLYATTN_INLINE_LAMBDA { key[l] = k.row(run[at + std::min<index_t>(p + l, count - 1)]); });  // the last one stands for those behind
-                    key_dots<T, A>(queries, rows, dim, [&](auto l) POLYATTN_INLINE_LAMBDA { return key[l]; }, weights + p, block);
+                    key_dots<T, A>(queries, rows, dim, [&](auto l) POLYATTN_INLINE_LAMBDA { return key[l]; }, 0, weights + p, block);
                 }
             }
             for (index_t m = 0; m < rows; ++m) {
@@ -180,8 +192,12 @@ void decode(std::span<const Head<T, Bias>> heads, std::span<const HeadResult<T>>
                 sum += exp2_in_place<T, A>(own, reference);
             }
             const auto add_values = [&](auto together, index_t m) POLYATTN_INLINE_LAMBDA {
-                for_column_panels<together == 1 ? 4 : Tiling<T, A>::columns, width>(columns, [&](auto vectors, index_t column) POLYATTN_INLINE_LAMBDA {
-                    key_sums<together, vectors, T, A>(weights + m * block, block, run, at, count, {v.data + column, v.stride}, sums + m * columns + column, columns);
+                for_column_panels<together == 1 || Tiling<T, A>::registers == 32 ? 4 : Tiling<T, A>::columns, width>(columns, [&](auto vectors, index_t column) POLYATTN_INLINE_LAMBDA {
+                    const auto add = [&](auto row, std::ptrdiff_t fetched) POLYATTN_INLINE_LAMBDA {
+                        key_sums<together, vectors, T, A>(weights + m * block, block, count, row, fetched, sums + m * columns + column, columns);
+                    };
+                    if (run.keys) add([x = v.data + column, stride = v.stride, keys = run.keys + at](index_t p) POLYATTN_INLINE_LAMBDA { return x + keys[p] * stride; }, 0);
+                    else add([x = v.row(run[at]) + column, stride = v.stride](index_t p) POLYATTN_INLINE_LAMBDA { return x + p * stride; }, fetches && m == 0 ? block * v.stride : 0);
                 });
             };
             index_t m = 0;
