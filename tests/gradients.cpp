@@ -1,5 +1,6 @@
 // Gradients by central differences in double, of both backends.
 #include "support/layers.hpp"
+#include "support/overwritten.hpp"
 #include "support/patterns.hpp"
 #include "support/random.hpp"
 
@@ -93,6 +94,20 @@ TEST_CASE_TEMPLATE("cross-attention", Layer, Fast, Exact) {
     POLYATTN_RANDOM(random);
     for (const auto& [queries, keys] : {std::pair{1, 20}, {6, 17}, {20, 3}})
         check_gradients([&] { return Layer{AnyDiffusion{recursions[0]}}; }, SlidingWindow{.window = 12}.plan(queries, keys), {}, random, 4, 2);
+}
+
+TEST_CASE("gradients overwrite what is there") {
+    POLYATTN_RANDOM(random);
+    CallOptions lengths;
+    lengths.key_lengths = {33, 0};
+    for (const index_t d : {5, 16}) {
+        check_overwrites<float>(Attention<>{}, random, 33, 33, d, d, lengths);
+        check_overwrites<double>(Attention<SlidingWindow>{SlidingWindow{.window = 12}}, random, 530, 530, d, d);  // several chunks of keys
+        check_overwrites<float>(Attention<LocalGlobalRandom>{LocalGlobalRandom{.window = 8, .globals = 3, .randoms = 4}}, random, 70, 90, d, d);
+        check_overwrites<float>(Attention<LocalGlobalRandom, PPR<2>>{LocalGlobalRandom{.window = 8, .globals = 3, .randoms = 4}, PPR<2>{}}, random, 33, 33, d, d, lengths);
+        check_overwrites<float>(Attention<PPR<0>>{}, random, 9, 9, d, d);
+        check_overwrites<float>(Attention<Reference>{}, random, 9, 11, d, d);
+    }
 }
 
 TEST_CASE_TEMPLATE("gradients of learned biases", Backend, Simd<>, Reference) {

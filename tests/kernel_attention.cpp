@@ -1,6 +1,7 @@
 // Kernel (linear) attention: the numbers of the papers' examples, simd against reference within derived bounds, gradients, properties.
 #include "support/errors.hpp"
 #include "support/layers.hpp"
+#include "support/overwritten.hpp"
 #include "support/random.hpp"
 
 #include <doctest/doctest.h>
@@ -236,6 +237,21 @@ TEST_CASE("padding never counts, whatever it holds") {
     check(Attention<Kernel<ReLU>, Causal>{});
     check(Attention<Kernel<EluPlusOne>, PPR<2>>{});
     check(Attention<Kernel<PositiveRandomFeatures>>{});
+}
+
+TEST_CASE("gradients overwrite what is there") {
+    POLYATTN_RANDOM(random);
+    CallOptions lengths;
+    lengths.key_lengths = {33, 0};
+    for (const index_t d : {5, 16, 32}) {
+        check_overwrites<float>(Attention<Kernel<ReLU>>{}, random, 33, 33, d, d, lengths);
+        check_overwrites<float>(Attention<Kernel<EluPlusOne, ExactOrMean>>{}, random, 70, 129, d, 16);
+        check_overwrites<float>(Attention<Kernel<ReLU>, PPR<2>>{}, random, 40, 40, d, d, lengths);
+        check_overwrites<double>(Attention<Kernel<ReLU>, Causal>{}, random, 70, 33, d, d);  // queries in front of the first key
+        check_overwrites<float>(Attention<Kernel<ReLU>, Causal>{}, random, 33, 33, d, d, lengths);
+        check_overwrites<float>(Attention<Kernel<PositiveRandomFeatures>>{Kernel<PositiveRandomFeatures>{{.features = 16}}}, random, 33, 65, d, d);
+        check_overwrites<float>(Attention<Kernel<ReLU>, PPR<0>>{}, random, 9, 9, d, d);
+    }
 }
 
 TEST_CASE("the same bits for one thread and several") {

@@ -230,7 +230,6 @@ public:
         detail::require_shape(vq, q.extents, q.rank, "gradients.q");
         detail::require_shape(vk, k.extents, k.rank, "gradients.k");
         detail::require_shape(vv, v.extents, v.rank, "gradients.v");
-        for (const TensorView<T>& view : {vq, vk, vv}) detail::fill_with_zeros(view);
         const auto& bound = bind(q, k);
         std::vector<double>& d_bias = gradients.bias;
         d_bias.clear();
@@ -240,6 +239,8 @@ public:
         Workspace& workspace = options.workspace ? *options.workspace : own;
         const index_t group = k.heads() == 0 ? 0 : q.heads() / k.heads();
         const offset_t items = offset_t{k.batch()} * k.heads();
+        if (group == 0)  // no head of q writes them
+            for (const TensorView<T>& view : {vk, vv}) detail::fill_with_zeros(view);
         // Each run of items adds to a bias gradient of its own, and these are added in order: the order never depends on threads.
         const offset_t runs = d_bias.empty() ? items : std::min<offset_t>(items, 16);
         std::vector<double> bias_parts(static_cast<std::size_t>(runs) * d_bias.size(), 0.);
@@ -260,7 +261,7 @@ public:
                                             vq.head(nb, nh), vk.head(nb, nk), vv.head(nb, nk)};
                     }
                 detail::HeadGradient<T> gradient{d.head(b, h), saved.logsumexp_.data() + line * q.tokens(), hops_of(b, h), saved.states_.data() + line * state_size<T>(q.dim(), v.dim()),
-                                                 vq.head(b, h), vk.head(b, kh), vv.head(b, kh),
+                                                 vq.head(b, h), vk.head(b, kh), vv.head(b, kh), h % group != 0,
                                                  std::span<double>(bias_parts).subspan(static_cast<std::size_t>(run) * d_bias.size(), d_bias.size())};
                 detail::Workers scratch = workers.nested();
                 if constexpr (std::is_same_v<Backend, Reference>) detail::reference::backward(head, gradient, scratch);

@@ -55,16 +55,26 @@ struct HeadResult {
     T* states = nullptr;       // what the operator itself keeps for backward
 };
 
-/// What the forward pass saved, and where gradients are added. Contiguous rows throughout.
+/// What the forward pass saved, and where gradients go. Contiguous rows throughout of what was saved.
 template <class T>
 struct HeadGradient {
     MatrixView<const T> d_out;
     const T* logsumexp;
     const T* hops;
     const T* states;
-    MatrixView<T> d_q, d_k, d_v;     // added to
+    MatrixView<T> d_q, d_k, d_v;      // written
+    bool adds_to_keys;                // d_k and d_v hold sums of other heads of q, which are added to
     std::span<double> bias_gradient;  // added to; empty if the bias is not learned
 };
+
+/// Zeros to add to.
+template <class T>
+void start_gradients(const HeadGradient<T>& gradient) {
+    fill_with_zeros(gradient.d_q);
+    if (gradient.adds_to_keys) return;
+    fill_with_zeros(gradient.d_k);
+    fill_with_zeros(gradient.d_v);
+}
 
 /// -infinity, the mark of a row without keys, made and recognised by its bits: comparisons with it fold away under -ffast-math.
 template <class T>

@@ -2,6 +2,7 @@
 
 #include <polyattn/core/error.hpp>
 
+#include <algorithm>
 #include <array>
 #include <cstddef>
 #include <initializer_list>
@@ -57,6 +58,13 @@ namespace detail {
 template <class T>
 MatrixView<T> row_range(MatrixView<T> view, index_t first, index_t last) {
     return {view.data + first * view.row_stride, last - first, view.cols, view.row_stride, view.col_stride};
+}
+template <class T>
+void fill_with_zeros(MatrixView<T> rows) {
+    for (index_t i = 0; i < rows.rows; ++i)
+        if (rows.col_stride == 1) std::fill_n(rows.row(i), rows.cols, T(0));
+        else
+            for (index_t c = 0; c < rows.cols; ++c) rows(i, c) = T(0);
 }
 template <class T>
 MatrixView<T> transposed(MatrixView<T> view) {

@@ -105,13 +105,6 @@ auto memory_of(Result& result) {
     else return memory_view(result, "out");
 }
 template <class T>
-void fill_with_zeros(MatrixView<T> rows) {
-    for (index_t i = 0; i < rows.rows; ++i)
-        if (rows.col_stride == 1) std::fill_n(rows.row(i), rows.cols, T(0));
-        else
-            for (index_t c = 0; c < rows.cols; ++c) rows(i, c) = T(0);
-}
-template <class T>
 void fill_with_zeros(const TensorView<T>& view) {
     for (index_t b = 0; b < view.batch(); ++b)
         for (index_t h = 0; h < view.heads(); ++h) fill_with_zeros(view.head(b, h));

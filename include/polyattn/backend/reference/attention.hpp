@@ -235,6 +235,7 @@ void scores_backward(const KernelHead<T, Features>& head, const KernelOperator& 
 /// edges; then the softmax of each row and dQ, dK. Z_k is computed anew, so nothing but q, k, v and dOut goes in.
 template <class Head, class T>
 void backward(const Head& head, const HeadGradient<T>& gradient, Workers&) {
+    start_gradients(gradient);
     const auto op = make_operator(head);
     const index_t queries = head.q.rows, keys = head.k.rows, dim = head.v.cols;
     const auto width = static_cast<std::size_t>(dim), hops = head.recursion->hops.size();

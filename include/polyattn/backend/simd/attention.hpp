@@ -104,6 +104,7 @@ void backward(const AnyHead& head, const HeadGradient<T>& gradient, Workers& wor
     const double start = head.recursion->start;
     Arena& arena = workers[0];
     if (count == 0) {
+        start_gradients(gradient);
         for (index_t i = 0; i < head.query_length; ++i)
             for (index_t c = 0; c < dim; ++c) gradient.d_v(i, c) += static_cast<T>(start) * gradient.d_out(i, c);
         return;
@@ -122,6 +123,9 @@ void backward(const AnyHead& head, const HeadGradient<T>& gradient, Workers& wor
 
     // One hop needs every weight once: for dV and for the gradient of the weights in the same pass.
     const bool fused = count == 1 && attention.shares_passes();
+    const bool only_weights = fused && start == 1 && hops[0].teleport == 0 && !gradient.adds_to_keys;
+    T* const in_place = only_weights ? packed_rows(gradient.d_v, columns) : nullptr;  // d_v is A^T g and nothing else
+    if (!gradient.adds_to_keys && !in_place) fill_with_zeros(gradient.d_v);
     Rows<T> g = readable_rows(gradient.d_out, true, width, arena);
     T* summed = nullptr;  // g of the hop before, where it can be written
     for (std::size_t k = count; k-- > 0;) {
@@ -131,12 +135,13 @@ void backward(const AnyHead& head, const HeadGradient<T>& gradient, Workers& wor
             parallel_rows(rows, [&](index_t i) { std::copy_n(g.row(i), columns, summed + offset_t{i} * columns); });
             g = {summed, columns};
         }
-        T* const scaled = arena.take<T>(offset_t{rows} * columns).data();
+        bool as_they_are = walk == 1;  // rows of g, without those that are not alive
+        for (index_t i = 0; as_they_are && i < rows; ++i) as_they_are = attention.is_alive(i);
+        T* const scaled = as_they_are ? nullptr : arena.take<T>(offset_t{rows} * columns).data();
         parallel_rows(rows, [&](index_t i) {
-            T* const to = scaled + offset_t{i} * columns;
             const T* const from = g.row(i);
             if (!attention.is_alive(i)) {
-                std::fill_n(to, columns, T(0));
+                std::fill_n(scaled + offset_t{i} * columns, columns, T(0));
                 return;
             }
             T mean = dot<T, A>(from, gradient.hops + (static_cast<offset_t>(k) * rows + i) * dim, dim);
@@ -146,15 +151,15 @@ void backward(const AnyHead& head, const HeadGradient<T>& gradient, Workers& wor
                 add_row<A>(gradient.d_v, i, teleport, from);
             }
             if (walk != 0) row_means[static_cast<std::size_t>(i)] += mean;
-            scale_row<T, A>(from, walk, columns, to);
+            if (scaled) scale_row<T, A>(from, walk, columns, scaled + offset_t{i} * columns);
         });
-        terms[k].g = {scaled, columns};
-        summed = arena.take<T>(offset_t{keys} * columns).data();
-        if (!fused) attention.apply_transposed({scaled, columns}, summed);
+        terms[k].g = scaled ? Rows<T>{scaled, columns} : g;
+        summed = in_place ? in_place : arena.take<T>(offset_t{keys} * columns).data();
+        if (!fused) attention.apply_transposed(terms[k].g, summed);
         g = {summed, columns};
     }
     attention.weights_gradient(terms, row_means, gradient, fused ? summed : nullptr);
-    if (start != 0)
+    if (start != 0 && !in_place)
         parallel_rows(keys, [&](index_t j) { add_row<A>(gradient.d_v, j, static_cast<T>(start), summed + offset_t{j} * columns); });
 }
 

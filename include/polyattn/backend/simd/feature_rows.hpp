@@ -62,15 +62,17 @@ index_t tile_count(index_t rows, index_t columns) {
 /// out[rows][columns] (+)= factors[row] * a x: a [rows][inner] and x [inner][columns] as stored, columns whole vectors. Null factors: 1.
 template <class T, class A>
 POLYATTN_NOINLINE void row_product(const T* a, std::ptrdiff_t a_stride, index_t rows, index_t inner, const T* x, std::ptrdiff_t x_stride, index_t columns, T* out,
-                                   std::ptrdiff_t out_stride, const T* factors, bool add, NextRows<T> next = {}) {
+                                   std::ptrdiff_t out_stride, const T* factors, bool add, NextRows<T> next = {}, NextRows<T> also = {}) {
     using V = Vec<T, A>;
     using K = Tiling<T, A>;
+    for (NextRows<T>* fetched : {&next, &also}) fetched->spread(tile_count<T, A>(rows, columns));
     for_column_panels<K::columns, K::lanes>(columns, [&](auto width, index_t column) POLYATTN_INLINE_LAMBDA {
         for_each_key_tile<K::rows>(rows, [&](auto height, index_t row) POLYATTN_INLINE_LAMBDA {
             constexpr int M = height, N = width;
             V acc[M * N];
             T* const to = out + row * out_stride + column;
             next.step();
+            also.step();
             if (add) expand<M * N>([&]<int... I>(Ints<I...>) POLYATTN_INLINE_LAMBDA { ((acc[I] = V::load_unaligned(to + I / N * out_stride + I % N * K::lanes)), ...); });
             else expand<M * N>([&]<int... I>(Ints<I...>) POLYATTN_INLINE_LAMBDA { ((acc[I] = V(T(0))), ...); });
             row_sum_tile<M, N, T, A>(acc, a + row * a_stride, a_stride, x + column, x_stride, inner);
@@ -150,8 +152,12 @@ public:
             }
     }
 
-    /// d_x += the gradient through the map, of `count` rows; d_phi is used up, `scratch` takes [count][padded dim].
-    void backward(Rows<T> rows, index_t first, index_t count, const T* phi, T* d_phi, T* scratch, MatrixView<T> d_x) const {
+    /// d_x = (`adds`: +=) the gradient through the map, of `count` rows; d_phi is used up, `scratch` takes [count][padded dim].
+    void backward(Rows<T> rows, index_t first, index_t count, const T* phi, T* d_phi, T* scratch, MatrixView<T> d_x, bool adds) const {
+        const auto store = [&](index_t i, const T* from) {
+            if (adds) add_row<A>(d_x, first + i, T(1), from);
+            else set_row(d_x, first + i, from);
+        };
         if constexpr (random) {
             const index_t inputs = padded(dim_, width);
             const T root = static_cast<T>(1 / std::sqrt(double(dim_)));
@@ -169,16 +175,18 @@ public:
                 std::fill(to + dim_, to + inputs, T(0));
             }
             row_product<T, A>(d_phi, columns_, count, count_, to_inputs_, inputs, inputs, scratch, inputs, nullptr, true);
-            for (index_t i = 0; i < count; ++i) add_row<A>(d_x, first + i, T(1), scratch + offset_t{i} * inputs);
+            for (index_t i = 0; i < count; ++i) store(i, scratch + offset_t{i} * inputs);
         } else
             for (index_t i = 0; i < count; ++i) {
                 const T* const from = rows.row(first + i);
                 T* const row = d_phi + offset_t{i} * columns_;
+                // Straight to d_x where whole vectors can be.
+                T* const to = !adds && d_x.col_stride == 1 && columns_ == dim_ ? &d_x(first + i, 0) : row;
                 for (index_t c = 0; c < columns_; c += width) {
                     const V x = c + width <= dim_ ? V::load_unaligned(from + c) : rest(from + c, dim_ - c);
-                    through_features<T, A>(map_, x, V::load_aligned(phi + offset_t{i} * columns_ + c), V::load_aligned(row + c)).store_aligned(row + c);
+                    through_features<T, A>(map_, x, V::load_aligned(phi + offset_t{i} * columns_ + c), V::load_aligned(row + c)).store_unaligned(to + c);
                 }
-                add_row<A>(d_x, first + i, T(1), row);
+                if (to == row) store(i, row);
             }
     }
 

@@ -14,12 +14,14 @@ template <class T>
 class NextRows {
 public:
     NextRows() = default;
-    /// `rows` rows from `first` on in so many equal steps.
-    NextRows(const T* first, std::ptrdiff_t stride, index_t rows, index_t columns, offset_t steps) : at_(first), row_(first), stride_(stride), rows_(rows), size_(columns) {
+    NextRows(const T* first, std::ptrdiff_t stride, index_t rows, index_t columns) : at_(first), row_(first), stride_(stride), rows_(rows), size_(columns) {
         if (stride == columns) {  // one long row
             rows_ = std::min(rows, 1);
             size_ *= rows;
         }
+    }
+    /// All rows in so many equal steps.
+    void spread(offset_t steps) {
         const offset_t lines = (size_ + line - 1) / line * rows_;
         step_ = steps > 0 ? (lines + steps - 1) / steps : 0;
     }
@@ -58,7 +60,10 @@ public:
             values += offset_t{matrix.rows} * matrix.cols;
         }
         if (values > most_values) return;
-        for (const MatrixView<const T>& matrix : matrices) rows_[count_++] = NextRows<T>(matrix.data, matrix.row_stride, matrix.rows, matrix.cols, calls);
+        for (const MatrixView<const T>& matrix : matrices) {
+            rows_[count_] = NextRows<T>(matrix.data, matrix.row_stride, matrix.rows, matrix.cols);
+            rows_[count_++].spread(calls);
+        }
     }
 
     POLYATTN_ALWAYS_INLINE void operator()() {

@@ -14,6 +14,7 @@ template <class T, class A>
 POLYATTN_NOINLINE void outer_sum(const T* phi, std::ptrdiff_t stride, index_t features, Rows<T> z, index_t first, index_t count, index_t columns, T* to, NextRows<T> next = {},
                                  NextRows<T> also = {}) {
     using K = Tiling<T, A>;
+    for (NextRows<T>* fetched : {&next, &also}) fetched->spread(tile_count<T, A>(features, columns));
     for_column_panels<K::columns, K::lanes>(columns, [&](auto width, index_t column) POLYATTN_INLINE_LAMBDA {
         for_each_key_tile<K::rows>(features, [&](auto height, index_t f) POLYATTN_INLINE_LAMBDA {
             next.step();
@@ -142,11 +143,11 @@ public:
             const auto first = static_cast<index_t>(unit) * block, count = std::min(block, head_.q.rows - first), valid = std::clamp(head_.query_length - first, index_t{0}, count);
             features_.template forward<true>(q_, first, valid, scratch.phi);
             row_dots<T, A>(scratch.phi, f_, valid, sums_, f_, scratch.numbers);
-            for (index_t i = 0; i < count; ++i) set_inverse(first + i, scratch.numbers[i], head_.key_length);
-            for (index_t i = 0; i < valid; ++i) scratch.numbers[i] = static_cast<T>(hop.walk) * factor(first + i);
+            const bool plain = set_inverses(first, count, static_cast<T>(hop.walk), scratch.numbers);
             row_product<T, A>(scratch.phi, f_, valid, features_.count(), state, columns_, columns_, out + first * out_stride, out_stride, scratch.numbers, false,
-                              next_rows(q_, first + count, head_.query_length, head_.q.cols, tile_count<T, A>(valid, columns_)));
-            for (index_t i = first; i < first + count; ++i) finish_row(i, mean_, v, hop, out + i * out_stride);
+                              next_rows(q_, first + count, head_.query_length, head_.q.cols), next_rows({out, out_stride}, first + count, head_.query_length, columns_));
+            if (!plain || hop.teleport != 0)
+                for (index_t i = first; i < first + count; ++i) finish_row(i, mean_, v, hop, out + i * out_stride);
         });
     }
 
@@ -168,6 +169,23 @@ protected:
         const T denominator = sum + static_cast<T>(head_.epsilon);
         if (i >= head_.query_length || visible <= 0 || (denominator == 0 && head_.zero != ZeroRow::mean)) inverse = empty_row<T>();
         else inverse = denominator == 0 ? mean_row<T>() : 1 / denominator;
+    }
+    /// The inverses of some rows that see all keys, from their denominators' sums, which become walk times factor(). True if none of them is a mean or empty.
+    bool set_inverses(index_t first, index_t count, T walk, T* sums) {
+        bool plain = head_.key_length > 0 && first + count <= head_.query_length && count % width == 0;
+        for (index_t i = 0; plain && i < count; i += width) {
+            const V denominator = V::load_aligned(sums + i) + V(static_cast<T>(head_.epsilon));
+            plain = !xsimd::any(denominator == V(T(0)));
+            (V(T(1)) / denominator).store_unaligned(&inverse_[static_cast<std::size_t>(first + i)]);
+        }
+        if (plain)
+            for (index_t i = 0; i < count; ++i) sums[i] = walk * inverse_[static_cast<std::size_t>(first + i)];
+        else
+            for (index_t i = 0; i < count; ++i) {
+                set_inverse(first + i, sums[i], head_.key_length);
+                sums[i] = walk * factor(first + i);
+            }
+        return plain;
     }
     /// What a row's sum is multiplied by: nothing of a row that is a mean or empty.
     T factor(index_t i) const {
@@ -214,22 +232,23 @@ protected:
     void add_keys(Rows<T> z, index_t first, index_t count, const Scratch& scratch, T* state, T* sums, T* total) const {
         features_.template forward<false>(k_, first, count, scratch.phi);
         add_rows(scratch.phi, f_, count, sums);
-        const index_t tiles = tile_count<T, A>(features_.count(), columns_);
-        outer_sum<T, A>(scratch.phi, f_, features_.count(), z, first, count, columns_, state, next_rows(k_, first + count, head_.key_length, head_.k.cols, tiles),
-                        next_rows(z, first + count, head_.key_length, columns_, tiles));
+        outer_sum<T, A>(scratch.phi, f_, features_.count(), z, first, count, columns_, state, next_rows(k_, first + count, head_.key_length, head_.k.cols),
+                        next_rows(z, first + count, head_.key_length, columns_));
         if (head_.zero == ZeroRow::mean)
             for (index_t j = first; j < first + count; ++j) add_scaled<T, A>(T(1), z.row(j), columns_, total);
     }
-    /// The next block of some rows, to fetch in so many steps.
-    static NextRows<T> next_rows(Rows<T> rows, index_t first, index_t length, index_t columns, index_t steps) {
-        return {rows.row(first), rows.stride, std::clamp(length - first, index_t{0}, block), columns, steps};
+    /// The next block of some rows, to fetch.
+    static NextRows<T> next_rows(Rows<T> rows, index_t first, index_t length, index_t columns, index_t most = block) {
+        return {rows.row(first), rows.stride, std::clamp(length - first, index_t{0}, most), columns};
     }
     static void add_rows(const T* rows, index_t columns, index_t count, T* to) {
-        for (index_t c = 0; c < columns; c += width) {
-            V sum = V::load_aligned(to + c);
-            for (index_t i = 0; i < count; ++i) sum = sum + V::load_aligned(rows + offset_t{i} * columns + c);
-            sum.store_aligned(to + c);
-        }
+        for_column_panels<4, width>(columns, [&](auto vectors, index_t column) POLYATTN_INLINE_LAMBDA {
+            V sums[vectors];
+            expand<vectors>([&]<int... I>(Ints<I...>) POLYATTN_INLINE_LAMBDA { ((sums[I] = V::load_unaligned(to + column + I * width)), ...); });
+            for (index_t i = 0; i < count; ++i)
+                expand<vectors>([&]<int... I>(Ints<I...>) POLYATTN_INLINE_LAMBDA { ((sums[I] = sums[I] + V::load_aligned(rows + offset_t{i} * columns + column + I * width)), ...); });
+            expand<vectors>([&]<int... I>(Ints<I...>) POLYATTN_INLINE_LAMBDA { (sums[I].store_unaligned(to + column + I * width), ...); });
+        });
     }
 
     /// Calls f(first position, keys of the block, queries of the block) for the causal blocks; key and query of a position stand in one row.
@@ -281,7 +300,9 @@ protected:
             for (index_t i = queries; i < count; ++i) set_inverse(query + i, T(0), 0);
             for (index_t i = 0; i < queries; ++i) scratch.numbers[i] = static_cast<T>(hop.walk) * factor(query + i);
             T* const to = out + query * out_stride;
-            row_product<T, A>(scratch.phi, f_, queries, features, state, columns_, columns_, to, out_stride, nullptr, false);
+            const index_t next = first + count, next_query = query + count;
+            row_product<T, A>(scratch.phi, f_, queries, features, state, columns_, columns_, to, out_stride, nullptr, false, next_rows(q_, next_query, head_.query_length, head_.q.cols, causal_block),
+                              next_rows({out, out_stride}, next_query, head_.query_length, columns_, causal_block));
             make_triangle<true>(scratch.phi, queries, scratch.other, f_, keys, features, f_, turned, scratch.triangle);
             triangle_product<true, T, A>(scratch.triangle, causal_block, queries, keys, z, first, columns_, to, out_stride, true, hides_non_finite(z.row(first), z.stride, keys, columns_));
             for (index_t i = 0; i < queries; ++i) scale_row<T, A>(to + i * out_stride, scratch.numbers[i], columns_, to + i * out_stride);
@@ -292,7 +313,8 @@ protected:
                 } else if (i < queries && is_mean(query + i)) scale_row<T, A>(total, 1 / static_cast<T>(head_.key_length), columns_, mean);
                 finish_row(query + i, mean, v, hop, to + i * out_stride);
             }
-            outer_sum<T, A>(scratch.other, f_, features, z, first, keys, columns_, state);
+            outer_sum<T, A>(scratch.other, f_, features, z, first, keys, columns_, state, next_rows(k_, next, head_.key_length, head_.k.cols, causal_block),
+                            next_rows(z, next, head_.key_length, columns_, causal_block));
         });
         workers_[0].release(mark);
     }

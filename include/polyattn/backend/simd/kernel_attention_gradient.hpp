@@ -45,8 +45,11 @@ public:
         });
     }
 
-    /// Adds to d_q and d_k, after all hops' apply_transposed(); or for the only hop before it, and `out` gets A^T g.
+    /// d_q and d_k, after all hops' apply_transposed(); or for the only hop before it, and `out` gets A^T g.
     void weights_gradient(std::span<const WeightGradientTerm<T>> terms, std::span<const T> row_means, const HeadGradient<T>& gradient, T* out) {
+        const index_t queries = head_.query_length, keys = head_.key_length;
+        fill_with_zeros(row_range(gradient.d_q, queries, head_.q.rows));
+        if (!gradient.adds_to_keys) fill_with_zeros(row_range(gradient.d_k, keys, head_.k.rows));
         if (head_.causal) return causal_gradient(terms, row_means, gradient);
         const auto count_terms = static_cast<offset_t>(terms.size());
         const index_t inner = head_.v.cols, features = features_.count();
@@ -58,12 +61,12 @@ public:
         turn(states_);
         const T* const sums = states_ + count_terms * state_size();
         T* const d_sums = workers_[0].template take<T>(f_ + (out ? columns_ + state_size() : 0)).data();  // and of the only hop the mean rows' share, and dS
-        sum_in_chunks(head_.query_length, f_ + (out ? columns_ + state_size() : 0), d_sums, nullptr, 0, [&](index_t first, index_t count, const Scratch& scratch, T* part) {
+        sum_in_chunks(queries, f_ + (out ? columns_ + state_size() : 0), d_sums, nullptr, 0, [&](index_t first, index_t count, const Scratch& scratch, T* part) {
             features_.template forward<true>(q_, first, count, scratch.phi);
             for (offset_t k = 0; k < count_terms; ++k) {
                 const Rows<T> g = terms[static_cast<std::size_t>(k)].g;
                 row_product<T, A>(g.row(first), g.stride, count, inner, turned + k * columns_ * f_, f_, f_, scratch.d_phi, f_, nullptr, k > 0,
-                                  Base::next_rows(g, first + count, head_.query_length, columns_, tile_count<T, A>(count, f_)));
+                                  Base::next_rows(g, first + count, queries, columns_), k == 0 ? next_rows(gradient.d_q, first + count, queries) : NextRows<T>());
             }
             for (index_t i = 0; i < count; ++i) {
                 const T factor = Base::factor(first + i), mean = row_means[static_cast<std::size_t>(first + i)];
@@ -77,11 +80,11 @@ public:
                     multiply_add(V(-mean * factor), V::load_aligned(phi + c), V::load_unaligned(part + c)).store_unaligned(part + c);
                 }
             }
-            features_.backward(q_, first, count, scratch.phi, scratch.d_phi, scratch.rows, gradient.d_q);
+            features_.backward(q_, first, count, scratch.phi, scratch.d_phi, scratch.rows, gradient.d_q, false);
             if (!out) return;
             scale_queries(first, count, scratch.phi);
             outer_sum<T, A>(scratch.phi, f_, features, terms[0].g, first, count, columns_, part + f_ + columns_,
-                            Base::next_rows(q_, first + count, head_.query_length, head_.q.cols, tile_count<T, A>(features, columns_)));
+                            Base::next_rows(q_, first + count, queries, head_.q.cols));
             add_means(terms[0].g, first, count, part + f_);
         });
         const T* const d_states = out ? d_sums + f_ + columns_ : d_states_;
@@ -90,9 +93,9 @@ public:
             const Scratch& scratch = Base::scratch_of(worker);
             const auto first = static_cast<index_t>(unit) * block, count = std::min(block, head_.k.rows - first), valid = std::clamp(head_.key_length - first, index_t{0}, count);
             features_.template forward<false>(k_, first, valid, scratch.phi);
-            d_features_of_keys(terms, first, valid, turned, d_sums, scratch.d_phi);
+            d_features_of_keys(terms, first, valid, turned, d_sums, scratch.d_phi, gradient.d_k);
             if (out) store_keys(first, valid, count, scratch.phi, d_states, d_sums + f_, out);
-            features_.backward(k_, first, valid, scratch.phi, scratch.d_phi, scratch.rows, gradient.d_k);
+            features_.backward(k_, first, valid, scratch.phi, scratch.d_phi, scratch.rows, gradient.d_k, gradient.adds_to_keys);
         });
     }
 
@@ -120,6 +123,9 @@ private:
         workers_[0].release(mark);
     }
 
+    static NextRows<T> next_rows(MatrixView<T> rows, index_t first, index_t length) {
+        return rows.col_stride == 1 ? Base::next_rows({rows.data, rows.row_stride}, first, length, rows.cols) : NextRows<T>();
+    }
     /// Gradients of rows that are means, to what every key gets.
     void add_means(Rows<T> g, index_t first, index_t count, T* to) const {
         if (head_.zero != ZeroRow::mean) return;
@@ -149,14 +155,14 @@ private:
     /// out rows = phi(k) d_state.
     void keys_times(const T* phi, index_t first, index_t count, const T* d_state, T* out) const {
         row_product<T, A>(phi, f_, count, features_.count(), d_state, columns_, columns_, out + offset_t{first} * columns_, columns_, nullptr, false,
-                          Base::next_rows(k_, first + count, head_.key_length, head_.k.cols, tile_count<T, A>(count, columns_)));
+                          Base::next_rows(k_, first + count, head_.key_length, head_.k.cols), Base::next_rows({out, columns_}, first + count, head_.key_length, columns_));
     }
     /// d_phi rows = d_sums + sum_k Z_k dS_k^T.
-    void d_features_of_keys(std::span<const WeightGradientTerm<T>> terms, index_t first, index_t count, const T* turned, const T* d_sums, T* d_phi) const {
+    void d_features_of_keys(std::span<const WeightGradientTerm<T>> terms, index_t first, index_t count, const T* turned, const T* d_sums, T* d_phi, MatrixView<T> d_k) const {
         for (index_t j = 0; j < count; ++j) std::copy_n(d_sums, f_, d_phi + offset_t{j} * f_);
         for (std::size_t k = 0; k < terms.size(); ++k)
             row_product<T, A>(terms[k].z.row(first), terms[k].z.stride, count, head_.v.cols, turned + static_cast<offset_t>(k) * columns_ * f_, f_, f_, d_phi, f_, nullptr, true,
-                              Base::next_rows(terms[k].z, first + count, head_.key_length, columns_, tile_count<T, A>(count, f_)));
+                              Base::next_rows(terms[k].z, first + count, head_.key_length, columns_), k == 0 ? next_rows(d_k, first + count, head_.key_length) : NextRows<T>());
     }
 
     void scan_back(Rows<T> g, T* out) {
@@ -191,6 +197,7 @@ private:
 
     /// Queries by a scan forwards, keys by one backwards; sums are kept transposed, [value column][feature].
     void causal_gradient(std::span<const WeightGradientTerm<T>> terms, std::span<const T> row_means, const HeadGradient<T>& gradient) {
+        fill_with_zeros(row_range(gradient.d_q, 0, std::clamp(-Base::offset(), index_t{0}, head_.q.rows)));  // in front of the first key
         const Scratch& scratch = scratch_[0];
         const auto count_terms = static_cast<offset_t>(terms.size());
         const index_t inner = head_.v.cols, prefix = std::min(Base::first_position(), head_.key_length);
@@ -241,7 +248,7 @@ private:
                 if (const T factor = Base::factor(query + i); factor == 0) std::fill_n(row, f_, T(0));
                 else scale_row<T, A>(row, factor, f_, row);
             }
-            features_.backward(q_, query, queries, scratch.phi, scratch.d_phi, scratch.rows, gradient.d_q);
+            features_.backward(q_, query, queries, scratch.phi, scratch.d_phi, scratch.rows, gradient.d_q, false);
             add_block(scratch.other, first, keys, [](const WeightGradientTerm<T>& term) { return term.z; });
             Base::add_rows(scratch.other, f_, keys, sums);
         });
@@ -251,19 +258,19 @@ private:
             const index_t query = first - Base::offset();
             scaled_queries(query, queries, scratch.phi);
             features_.template forward<false>(k_, first, keys, scratch.other);
-            d_features_of_keys(terms, first, keys, states, sums, scratch.d_phi);
+            d_features_of_keys(terms, first, keys, states, sums, scratch.d_phi, gradient.d_k);
             d_pairs(std::false_type{}, query, queries, first, keys);
             triangle_product<false, T, A>(scratch.triangle, causal_block, keys, queries, Rows<T>{scratch.phi, f_}, 0, f_, scratch.d_phi, f_, true,
                                           Base::hides_non_finite(scratch.phi, f_, queries, f_));
-            features_.backward(k_, first, keys, scratch.other, scratch.d_phi, scratch.rows, gradient.d_k);
+            features_.backward(k_, first, keys, scratch.other, scratch.d_phi, scratch.rows, gradient.d_k, gradient.adds_to_keys);
             add_block(scratch.phi, query, queries, [](const WeightGradientTerm<T>& term) { return term.g; });
             for (index_t i = 0; i < queries; ++i) add_scaled<T, A>(-row_means[static_cast<std::size_t>(query + i)], scratch.phi + offset_t{i} * f_, f_, sums);
         }, true);
         for (index_t j = 0; j < prefix; j += block) {
             const index_t count = std::min(block, prefix - j);
             features_.template forward<false>(k_, j, count, scratch.phi);
-            d_features_of_keys(terms, j, count, states, sums, scratch.d_phi);
-            features_.backward(k_, j, count, scratch.phi, scratch.d_phi, scratch.rows, gradient.d_k);
+            d_features_of_keys(terms, j, count, states, sums, scratch.d_phi, gradient.d_k);
+            features_.backward(k_, j, count, scratch.phi, scratch.d_phi, scratch.rows, gradient.d_k, gradient.adds_to_keys);
         }
     }
 

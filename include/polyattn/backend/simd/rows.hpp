@@ -46,6 +46,18 @@ void add_scaled(T factor, const T* from, index_t columns, T* to) {
     using V = Vec<T, A>;
     map_row<T, A>(from, to, columns, [&](V x, V y) POLYATTN_INLINE_LAMBDA { return multiply_add(V(factor), x, y); });
 }
+/// Row i of `to` = from.
+template <class T>
+void set_row(MatrixView<T> to, index_t i, const T* from) {
+    if (to.col_stride == 1) std::copy_n(from, to.cols, &to(i, 0));
+    else
+        for (index_t c = 0; c < to.cols; ++c) to(i, c) = from[c];
+}
+/// The memory of a matrix whose rows of `columns` columns, whole vectors, lie one behind the other; null for another.
+template <class T>
+T* packed_rows(MatrixView<T> rows, index_t columns) {
+    return rows.col_stride == 1 && rows.cols == columns && rows.row_stride == columns ? rows.data : nullptr;
+}
 /// Row i of `to` += factor * from.
 template <class A, class T>
 void add_row(MatrixView<T> to, index_t i, T factor, const T* from) {

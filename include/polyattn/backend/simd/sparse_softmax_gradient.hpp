@@ -155,7 +155,7 @@ public:
         add_transposed_edges(x, T(1), columns_, out);
     }
 
-    /// From dL/dA (as terms) and row_means[i] = sum_j A_ij dL/dA_ij to the gradients of q, k and the bias, which are added. With
+    /// From dL/dA (as terms) and row_means[i] = sum_j A_ij dL/dA_ij to the gradients of q, k and the bias. With
     /// `d_v` also A^T terms[0].g, in the same pass.
     void weights_gradient(std::span<const WeightGradientTerm<T>> terms, std::span<const T> row_means, const HeadGradient<T>& gradient, T* d_v) {
         Arena& arena = workers_[0];
@@ -194,7 +194,10 @@ public:
         const auto bias_parts = arena.take<double>(static_cast<offset_t>(bias_size) * schedule_.chunks());
         std::fill(bias_parts.begin(), bias_parts.end(), 0.);
 
-        T* const d_k = arena.take<T>(offset_t{head_.k.rows} * dim_).data();
+        fill_with_zeros(gradient.d_q);
+        T* const in_place = gradient.adds_to_keys ? nullptr : packed_rows(gradient.d_k, dim_);
+        if (!gradient.adds_to_keys && !in_place) fill_with_zeros(gradient.d_k);
+        T* const d_k = in_place ? in_place : arena.take<T>(offset_t{head_.k.rows} * dim_).data();
         KeySums<T, A> k_sums(schedule_, plan_.keys(), dim_, d_k, workers_);
         std::optional<KeySums<T, A>> v_sums;
         if (d_v) v_sums.emplace(schedule_, plan_.keys(), columns_, d_v, workers_);
@@ -253,7 +256,7 @@ public:
         edge_gradients(terms, row_means, q, k, scale, gradient, d_k);
         for (std::size_t part = 0; part < static_cast<std::size_t>(schedule_.chunks()); ++part)
             for (std::size_t b = 0; b < bias_size; ++b) gradient.bias_gradient[b] += bias_parts[part * bias_size + b];
-        parallel_rows(plan_.keys(), [&](index_t j) { add_row<A>(gradient.d_k, j, T(1), d_k + offset_t{j} * dim_); });
+        if (!in_place) parallel_rows(plan_.keys(), [&](index_t j) { add_row<A>(gradient.d_k, j, T(1), d_k + offset_t{j} * dim_); });
     }
 
 private:
