@@ -1,5 +1,6 @@
 // AdaMRA's layer against this library's own softmax attention with the same width: the whole layer with projections and routing, and attention
-// proper. d = 64, two sub-heads, lengths 2, 4, 8, 16.
+// proper; what the router costs, and how time and memory grow. d = 64, two sub-heads, lengths 2, 4, 8, 16.
+#include "../examples/program.hpp"
 #include "common.hpp"
 
 #include <polyattn/nn/adaptive_multi_resolution.hpp>
@@ -89,8 +90,60 @@ void attention_proper(benchmark::State& state) {
     if (least > 0) report_ratio(state, least / state.counters["x_dense"].value, 1);
 }
 
+template <class Router>
+auto layer_with(Router, index_t n) {
+    using Layer = nn::AdaptiveMultiResolution<float, MultiResolution<SegmentMeans<2, 4, 8, 16>, Router>>;
+    return Run<Layer>(Layer("layer", {}, dim, heads, heads, .1, 1, 1), n);
+}
+
+/// The layer with its learned router, beside one that draws the resolutions: logits and their largest are the difference.
+void router(benchmark::State& state) {
+    use_threads(1);
+    const auto n = static_cast<index_t>(state.range(0));
+    auto learned = layer_with(TopOne<StraightThrough>{}, n);
+    auto drawn = layer_with(RandomRoute{}, n);
+    learned();
+    drawn();
+    for (const auto& routes : {learned.layer.routes(learned.saved), drawn.layer.routes(drawn.saved)})
+        if (std::count(routes.begin(), routes.end(), -1) != 0) return state.SkipWithError("a row without a resolution");
+    const Medians medians = time_calls(state, learned, [&] {
+        const double start = seconds();
+        drawn();
+        return seconds() - start;
+    });
+    state.counters["ns/token"] = (medians.time - medians.limit) / n * 1e9;
+    state.counters["x_drawn"] = medians.time / medians.limit;
+}
+
+/// Twice the tokens: how many times the time and the memory of a forward pass that keeps what backward needs.
+void growth(benchmark::State& state) {
+    use_threads(1);
+    const auto n = static_cast<index_t>(state.range(0));
+    const auto megabytes = [](index_t tokens) {
+        const double held = reset_peak();
+        auto run = layer_with(TopOne<StraightThrough>{}, tokens);
+        run();
+        return peak_megabytes() - held;
+    };
+    const double small_memory = megabytes(n), large_memory = megabytes(2 * n);
+    auto small = layer_with(TopOne<StraightThrough>{}, n), large = layer_with(TopOne<StraightThrough>{}, 2 * n);
+    small();
+    large();
+    if (large.layer.routes(large.saved).size() != 2 * small.layer.routes(small.saved).size()) return state.SkipWithError("rows were left out");
+    const Medians medians = time_calls(state, large, [&] {
+        const double start = seconds();
+        small();
+        return seconds() - start;
+    });
+    state.counters["x_memory"] = large_memory / small_memory;
+    state.counters["MB"] = large_memory;
+    report_ratio(state, medians.time / medians.limit, 2.1);
+}
+
 }  // namespace
 
+BENCHMARK(router)->ArgName("n")->Arg(1024)->Arg(4096)->Arg(65536)->UseManualTime()->Unit(benchmark::kMillisecond);
+BENCHMARK(growth)->ArgName("n")->RangeMultiplier(2)->Range(1024, 32768)->UseManualTime()->Unit(benchmark::kMillisecond);
 BENCHMARK(layer)->ArgName("n")->Arg(1024)->Arg(2048)->Arg(4096)->Arg(16384)->Arg(65536)->UseManualTime()->Unit(benchmark::kMillisecond);
 BENCHMARK(attention_proper)->ArgName("n")->Arg(1024)->Arg(2048)->Arg(4096)->Arg(16384)->Arg(65536)->UseManualTime()->Unit(benchmark::kMillisecond);
 BENCHMARK_MAIN();
