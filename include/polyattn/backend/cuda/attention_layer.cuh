@@ -2,111 +2,13 @@
 // Attention<..., Cuda>: the stages in order, as launches on the caller's stream. A recursion asks an operator for A Z, A^T G and the gradient of A;
 // the operators are softmax_operator.cuh and kernel_attention.cuh; step() is recurrent_step.cuh.
 
+#include <polyattn/backend/cuda/calls.cuh>
 #include <polyattn/backend/cuda/groups.cuh>
 #include <polyattn/backend/cuda/recurrent_step.cuh>
 #include <polyattn/backend/cuda/softmax_operator.cuh>
-#include <polyattn/backend/cuda/tensor.cuh>
 #include <polyattn/layer_policies.hpp>
 
 POLYATTN_BEGIN_NAMESPACE
-
-/// What one call on the device may set beside CallOptions; its `workspace` and `weight_budget` are of the CPU and do nothing here.
-struct CudaOptions : CallOptions {
-    /// All work of the call is put here; the call returns before it is done.
-    cudaStream_t stream = nullptr;
-    /// Scratch memory to reuse; without one each call allocates its own and waits for the stream.
-    CudaWorkspace* device_workspace = nullptr;
-};
-
-/// What backward needs of a forward pass. Borrows q, k and v: their memory must stay as it is until the last backward().
-template <class T>
-class CudaSaved {
-public:
-    TensorView<const T> q() const { return q_; }
-    TensorView<const T> k() const { return k_; }
-    TensorView<const T> v() const { return v_; }
-    /// The plan of a batch item's head.
-    const Plan& plan(index_t b = 0, index_t h = 0) const { return options_.item_plans.empty() ? *options_.plan : detail::plan_of(options_.item_plans, q_, b, h); }
-
-private:
-    template <class...>
-    friend class AttentionLayer;
-    template <class...>
-    friend class CompressedLayer;
-
-    TensorView<const T> q_, k_, v_;
-    CudaOptions options_;                                  // with the plans
-    CudaTensor<detail::cuda::arithmetic_t<T>> logsumexp_;  // of the operator, [items][queries]
-    CudaTensor<T> hops_;                                   // Z_1 .. Z_K, [items][K][queries][padded columns]
-    std::size_t hop_count_ = 0;
-};
-
-/// Gradients with the shapes of q, k and v, and of the tables of a learned bias and a learned compression (empty if there is none).
-template <class T>
-struct CudaGradients {
-    CudaTensor<T> q, k, v;
-    std::vector<double> bias = {};
-    std::vector<double> compression = {};
-};
-
-/// What a causal kernel layer remembers of the tokens so far, on the device: sums of a fixed size for each head and hop, the directions of random features, and the
-/// scratch memory of a step. Made by start(), moved on by step(). Belongs to one stream.
-template <class T>
-class CudaRecurrentState {
-public:
-    /// Tokens so far.
-    index_t tokens() const { return tokens_; }
-
-private:
-    template <class...>
-    friend class AttentionLayer;
-
-    std::array<index_t, 4> q_{};  // batch, heads, 1, dim
-    index_t key_heads_ = 0, value_dim_ = 0, tokens_ = 0;
-    std::size_t hop_count_ = 0;
-    offset_t of_head_ = 0;  // numbers of one head's state
-    CudaTensor<T> sums_, directions_;
-    CudaWorkspace workspace_;
-};
-
-template <class T, class Saved = CudaSaved<T>>
-struct CudaForward {
-    CudaTensor<T> out;
-    Saved saved;
-};
-template <class T>
-struct CudaOutputAndLogsumexp {
-    CudaTensor<T> out;
-    CudaTensor<detail::cuda::arithmetic_t<T>> logsumexp;  // of half and bfloat16 in float
-};
-
-namespace detail::cuda {
-
-/// f(carver) once to count and once to work, in the call's workspace or in one of its own.
-template <class F>
-void with_workspace(const CudaOptions& options, F&& f) {
-    CudaWorkspace own;
-    CudaWorkspace& workspace = options.device_workspace ? *options.device_workspace : own;
-    workspace.reserve(std::max<std::size_t>(f(Carver()), 1));
-    f(Carver(workspace.data()));
-    if (!options.device_workspace) check_cuda(cudaStreamSynchronize(options.stream), "cudaStreamSynchronize");
-}
-
-/// The value type of a call. Not in the layer: what nvcc writes for the host names types of kernels as they were spelt, private ones too.
-template <bool kernel, class Q, class K, class V>
-struct same_elements {
-    using T = std::remove_const_t<Q>;
-    static_assert(std::is_same_v<T, float> || std::is_same_v<T, double> || is_narrow<T>, "polyattn: tensors of float, double, __half or __nv_bfloat16 are wanted");
-    static_assert(!kernel || !is_narrow<T>, "polyattn: kernel scores take tensors of float or double");
-    static_assert(std::is_same_v<T, std::remove_const_t<K>> && std::is_same_v<T, std::remove_const_t<V>>, "polyattn: q, k and v must have one value type");
-};
-template <class Element>
-struct trained_elements {
-    using T = Element;
-    static_assert(!is_narrow<T>, "polyattn: __half and __nv_bfloat16 are for inference only; train with tensors of float or double");
-};
-
-}  // namespace detail::cuda
 
 namespace nn {
 
@@ -205,8 +107,7 @@ public:
     /// host, for which the call waits. Throws as operator().
     template <class T, class D>
     CudaGradients<T> backward(const CudaSaved<T>& saved, const TensorView<D>& d_out, const CudaOptions& options = {}) const {
-        const auto like = [](const TensorView<const T>& view) { return CudaTensor<T>(detail::shape_like(view, {view.tokens(), view.dim()})); };
-        CudaGradients<T> gradients{like(saved.q_), like(saved.k_), like(saved.v_)};
+        CudaGradients<T> gradients = detail::cuda::gradients_like(saved.q_, saved.k_, saved.v_);
         backward_into(gradients, saved, d_out, options);
         return gradients;
     }
@@ -215,13 +116,9 @@ public:
     void backward_into(CudaGradients<T>& gradients, const CudaSaved<T>& saved, const TensorView<D>& d_out, const CudaOptions& options = {}) const {
         static_assert(std::is_same_v<std::remove_const_t<D>, typename trained_elements<T>::T>, "polyattn: d_out must have the inputs' value type");
         const TensorView<const T> d = d_out;
-        detail::require_shape(d, {saved.q_.extents[0], saved.q_.extents[1], saved.q_.extents[2], saved.v_.extents[3]}, saved.q_.rank, "d_out");
-        detail::cuda::require_device_memory(d, "d_out");
+        detail::cuda::check_gradients(saved.q_, saved.k_, saved.v_, d, gradients);
         detail::require(saved.hop_count_ == recursion_.hops.size(), "saved", [&] { return detail::text("a forward pass of this layer, with ", recursion_.hops.size(), " hops"); }, saved.hop_count_);
         const TensorView<T> d_q = gradients.q.view(), d_k = gradients.k.view(), d_v = gradients.v.view();
-        detail::require_shape(d_q, saved.q_.extents, saved.q_.rank, "gradients.q");
-        detail::require_shape(d_k, saved.k_.extents, saved.k_.rank, "gradients.k");
-        detail::require_shape(d_v, saved.v_.extents, saved.v_.rank, "gradients.v");
         CudaOptions call = saved.options_;
         call.stream = options.stream;
         call.device_workspace = options.device_workspace;
@@ -301,7 +198,7 @@ public:
     template <class T>
     std::size_t backward_workspace_bytes(const CudaSaved<T>& saved) const {
         std::vector<double> none;
-        return work_backward({}, saved, TensorView<const T>{nullptr, {saved.q_.batch(), saved.q_.heads(), saved.q_.tokens(), saved.v_.dim()}, {1, 1, 1, 2}, 4}, TensorView<T>{}, TensorView<T>{}, TensorView<T>{}, none,
+        return work_backward({}, saved, detail::cuda::any_d_out(saved.q_, saved.v_), TensorView<T>{}, TensorView<T>{}, TensorView<T>{}, none,
                              saved.options_);
     }
 
@@ -332,16 +229,12 @@ private:
     void run(const TensorView<const T>& q, const TensorView<const T>& k, const TensorView<const T>& v, const TensorView<T>& out, const CudaOptions& options, Number<T>* logsumexp, CudaSaved<T>* saved,
              bool accumulate) const {
         const Plans plans = check(q, k, v, options);
-        detail::require_shape(out, {q.extents[0], q.extents[1], q.extents[2], v.extents[3]}, q.rank, "out");
+        detail::cuda::check_memory(q, k, v, out);
         if constexpr (std::is_same_v<T, __nv_bfloat16>) {
             cudaFuncAttributes attributes{};
             detail::cuda::check_cuda(cudaFuncGetAttributes(&attributes, detail::cuda::apply_tiles_half<T, DeviceBias>), "cudaFuncGetAttributes of apply_tiles_half");
             detail::require(attributes.ptxVersion >= 80, "q", "__half or float instead of __nv_bfloat16 on code for a compute capability below 8.0", attributes.ptxVersion);
         }
-        detail::cuda::require_device_memory(q, "q");
-        detail::cuda::require_device_memory(k, "k");
-        detail::cuda::require_device_memory(v, "v");
-        detail::cuda::require_device_memory(out, "out");
         detail::cuda::with_workspace(options, [&](detail::cuda::Carver carver) { return work<T>(carver, q, k, v, out, plans, options, logsumexp, saved, accumulate); });
         // Plans of this call alone go with it, and what the device has of them.
         if (!plans.drawn.empty()) detail::cuda::check_cuda(cudaStreamSynchronize(options.stream), "cudaStreamSynchronize");

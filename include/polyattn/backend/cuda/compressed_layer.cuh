@@ -118,8 +118,7 @@ public:
     /// waits. `saved` must come from forward() of this layer or a copy; of `options` the stream and the workspace are used. Repeatable; deterministic.
     template <class T, class D>
     CudaGradients<T> backward(const CudaSaved<T>& saved, const TensorView<D>& d_out, const CudaOptions& options = {}) const {
-        const auto like = [](const TensorView<const T>& view) { return CudaTensor<T>(detail::shape_like(view, {view.tokens(), view.dim()})); };
-        CudaGradients<T> gradients{like(saved.q_), like(saved.k_), like(saved.v_)};
+        CudaGradients<T> gradients = detail::cuda::gradients_like(saved.q_, saved.k_, saved.v_);
         backward_into(gradients, saved, d_out, options);
         return gradients;
     }
@@ -128,13 +127,9 @@ public:
     void backward_into(CudaGradients<T>& gradients, const CudaSaved<T>& saved, const TensorView<D>& d_out, const CudaOptions& options = {}) const {
         static_assert(std::is_same_v<std::remove_const_t<D>, T>, "polyattn: d_out must have the inputs' value type");
         const TensorView<const T> d = d_out;
-        detail::require_shape(d, {saved.q_.extents[0], saved.q_.extents[1], saved.q_.extents[2], saved.v_.extents[3]}, saved.q_.rank, "d_out");
-        detail::cuda::require_device_memory(d, "d_out");
+        detail::cuda::check_gradients(saved.q_, saved.k_, saved.v_, d, gradients);
         detail::require(saved.hop_count_ == recursion_.hops.size(), "saved", [&] { return detail::text("a forward pass of this layer, with ", recursion_.hops.size(), " hops"); }, saved.hop_count_);
         const TensorView<T> d_q = gradients.q.view(), d_k = gradients.k.view(), d_v = gradients.v.view();
-        detail::require_shape(d_q, saved.q_.extents, saved.q_.rank, "gradients.q");
-        detail::require_shape(d_k, saved.k_.extents, saved.k_.rank, "gradients.k");
-        detail::require_shape(d_v, saved.v_.extents, saved.v_.rank, "gradients.v");
         gradients.bias.clear();
         CudaOptions call = saved.options_;
         call.stream = options.stream;
@@ -153,8 +148,7 @@ public:
     template <class T>
     std::size_t backward_workspace_bytes(const CudaSaved<T>& saved) const {
         std::vector<double> none;
-        const TensorView<const T> d_out{nullptr, {saved.q_.batch(), saved.q_.heads(), saved.q_.tokens(), saved.v_.dim()}, {1, 1, 1, 2}, 4};
-        return work_backward({}, saved, d_out, TensorView<T>{}, TensorView<T>{}, TensorView<T>{}, none, saved.options_);
+        return work_backward({}, saved, detail::cuda::any_d_out(saved.q_, saved.v_), TensorView<T>{}, TensorView<T>{}, TensorView<T>{}, none, saved.options_);
     }
 
 private:
@@ -201,11 +195,7 @@ private:
     template <class T>
     void run(const TensorView<T>& out, CudaSaved<T>* saved, const TensorView<const T>& q, const TensorView<const T>& k, const TensorView<const T>& v, const CudaOptions& options, bool accumulate) const {
         const Plans plans = check<T>(q, k, v, options);
-        detail::require_shape(out, {q.extents[0], q.extents[1], q.extents[2], v.extents[3]}, q.rank, "out");
-        detail::cuda::require_device_memory(q, "q");
-        detail::cuda::require_device_memory(k, "k");
-        detail::cuda::require_device_memory(v, "v");
-        detail::cuda::require_device_memory(out, "out");
+        detail::cuda::check_memory(q, k, v, out);
         if (saved) {
             saved->q_ = q;
             saved->k_ = k;
