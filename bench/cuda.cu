@@ -319,7 +319,7 @@ std::string check_backward(const Sample& sample, const Recursion& recursion, con
             Workspace workspace;
             workspace.prepare(1);
             detail::Workers workers(workspace, 0, 1);
-            const detail::HeadGradient<double> gradient{d_rows.view().head(0, 0), nullptr, nullptr, nullptr, d_q.view().head(0, 0), d_k.view().head(0, 0), d_v.view().head(0, 0), {}};
+            const detail::HeadGradient<double> gradient{d_rows.view().head(0, 0), nullptr, nullptr, nullptr, d_q.view().head(0, 0), d_k.view().head(0, 0), d_v.view().head(0, 0), false, {}};
             detail::reference::backward(reference, gradient, workers);
         });
         for (std::size_t r = 0; r < sample.rows.size(); ++r) std::copy_n(d_q.data() + r * d, d, all_d_q.data() + offset_t{sample.rows[r]} * d);

@@ -166,6 +166,11 @@ TEST_CASE("plans made on the device give the same bits, and the host never asks 
         CHECK(to_host(gradients.v).values == to_host(wanted_gradients.v).values);
     };
     check(make_layer(), {});
+    // Draws of all keys have no edges, and no bounds.
+    const Attention<Unbiased, Cuda> thinned{Unbiased{}};
+    const Plan sampled = plan_on_device(thinned, n, n, {.seed = 3}), expected = thinned.plan(n, n, {.seed = 3});
+    REQUIRE(sampled.tiles().size() == expected.tiles().size());
+    CHECK(sampled.tiles()[0].bounds == expected.tiles()[0].bounds);
     check(Attention<LocalGlobalRandom, LocallyBiased<3>, Cuda>{LocalGlobalRandom{.window = 6, .globals = 2, .randoms = 12}, LocallyBiased<3>{}}, {.seed = random.seed(), .step = 2});
 }
 

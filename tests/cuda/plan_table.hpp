@@ -44,11 +44,11 @@ void check_same_plan(const Plan& made, const Plan& expected) {
     CHECK(made.to_csr().keys == expected.to_csr().keys);
 }
 template <class Pattern>
-void check_plan(const Pattern& pattern, index_t queries, index_t keys, bool stays = true) {
+void check_plan(const Pattern& pattern, index_t queries, index_t keys) {
     CAPTURE(queries);
     CAPTURE(keys);
     const Plan made = plan_on_device(pattern, queries, keys, execution()), expected = pattern.plan(queries, keys);
-    CHECK((made.find_lowered<detail::cuda::DeviceEdges>() != nullptr) == (stays && expected.edges().count() > 0));
+    CHECK((made.find_lowered<detail::cuda::DeviceEdges>() != nullptr) == (expected.edges().count() > 0));
     check_same_plan(made, expected);
 }
 
@@ -96,8 +96,8 @@ TEST_CASE("plans made on the device") {
     // Many tiles, and patterns that the host plans.
     check_plan(Union(BigBird<8>{.window = 3, .globals = 1, .randoms = 2, .seed = random.seed()}, RandomTokens{.count = 6, .seed = random.seed()}), 173, 173);
     check_plan(Union(RandomTokens{.count = 6, .seed = random.seed()}, SlidingWindow{.window = 8, .dilation = 20}), 67, 67);
-    check_plan(RandomRegular{.degree = 6, .seed = random.seed()}, 31, 31, false);
-    check_plan(SlidingWindow{.window = 4}, 31, 31, false);
+    check_plan(RandomRegular{.degree = 6, .seed = random.seed()}, 31, 31);
+    check_plan(SlidingWindow{.window = 4}, 31, 31);
     // Tiles of which single pairs are left over.
     const Union tiles(Staircase(), SlidingWindow{.window = 20});
     CHECK(tiles.plan(33, 33).edges().count() > 0);
@@ -136,4 +136,13 @@ TEST_CASE("graphs on the device as plans") {
     check_same_plan(plan_on_device(RandomTokens{.count = 3}, 9, 9), RandomTokens{.count = 3}.plan(9, 9));
     CHECK_THROWS_AS(unite_on_device(window, SlidingWindow().plan(8, 9)), invalid_input);
     CHECK_THROWS_AS(intersect_on_device(window, SlidingWindow().plan(8, 9)), invalid_input);
+    const Plan random_tokens = plan_on_device(RandomTokens{.count = 3}, 9, 9);
+    CHECK_THROWS_AS(intersect_on_device(random_tokens, SlidingWindow().plan(8, 9)), invalid_input);
+    CHECK_THROWS_AS(unite_on_device(random_tokens, SlidingWindow().plan(8, 9)), invalid_input);
+    CHECK_THROWS_AS(plan_on_device(UniformTokens{}, -1, 1), invalid_input);
+    CHECK_THROWS_AS(plan_on_device(RandomTokens{}, 1, -1), invalid_input);
+    // What was found first stays: others hold on to it.
+    const auto* kept = random_tokens.find_lowered<detail::cuda::DeviceEdges>();
+    random_tokens.adopt(std::make_shared<const detail::cuda::DeviceEdges>(*kept));
+    CHECK(random_tokens.find_lowered<detail::cuda::DeviceEdges>() == kept);
 }

@@ -55,7 +55,7 @@ struct HeadResult {
     T* states = nullptr;       // what the operator itself keeps for backward
 };
 
-/// What the forward pass saved, and where gradients go. Contiguous rows throughout of what was saved.
+/// What the forward pass saved, in contiguous rows, and where gradients go.
 template <class T>
 struct HeadGradient {
     MatrixView<const T> d_out;

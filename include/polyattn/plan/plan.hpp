@@ -124,11 +124,12 @@ public:
         const auto found = state_->lowerings.find(&type_tag<L>);
         return found == state_->lowerings.end() ? nullptr : static_cast<const L*>(found->second.get());
     }
-    /// Keeps a schedule that was made elsewhere than from the plan's parts on the host, for lowered() to find.
+    /// Keeps a schedule that was made elsewhere than from the plan's parts on the host, for lowered() to find, unless one is there already.
     template <class L>
     void adopt(std::shared_ptr<const L> lowering) const {
         const std::lock_guard lock(state_->mutex);
-        state_->lowerings[&type_tag<L>] = std::move(lowering);
+        auto& slot = state_->lowerings[&type_tag<L>];
+        if (!slot) slot = std::move(lowering);
     }
 
 private:

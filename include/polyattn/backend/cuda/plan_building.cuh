@@ -1,29 +1,26 @@
 #pragma once
-// Plans whose edges are drawn, joined and transposed where they are used. Tiles are descriptions of O(rows) numbers, which the host makes; pairs never go through it.
-// The pairs, and so all results, are those of pattern.plan(). Thrust alone, as in sampling.cuh, and with the same last argument: the execution policy.
+// Plans whose edges are drawn, joined and transposed where they are used. Tiles are descriptions of O(rows) numbers, which the host makes, as it makes the single pairs that
+// are left over where tiles cut each other. The pairs, and so all results, are those of pattern.plan(). Thrust alone, as in sampling.cuh, and with the same last argument: the
+// execution policy.
 
 #include <polyattn/backend/cuda/plan_arrays.cuh>
 #include <polyattn/backend/cuda/sampling.cuh>
 #include <polyattn/policy/pattern/combine.hpp>
+#include <polyattn/policy/pattern/dense.hpp>
 #include <polyattn/policy/pattern/local_global_random.hpp>
 #include <polyattn/policy/set.hpp>
 
+#include <thrust/device_allocator.h>
+#include <thrust/device_ptr.h>
 #include <thrust/remove.h>
 
 POLYATTN_BEGIN_NAMESPACE
 
 namespace detail::cuda {
 
-/// Position of the first of `size` ascending numbers that is >= value.
-template <class T>
-POLYATTN_HOST_DEVICE offset_t first_not_below(const T* numbers, offset_t size, T value) {
-    offset_t at = 0;
-    for (offset_t end = size; at < end;) {
-        const offset_t middle = at + (end - at) / 2;
-        if (numbers[middle] < value) at = middle + 1;
-        else end = middle;
-    }
-    return at;
+/// Row of an edge.
+POLYATTN_HOST_DEVICE inline index_t row_of_edge(const offset_t* offsets, index_t rows, offset_t edge) {
+    return static_cast<index_t>(first_not_below(offsets, offset_t{rows} + 1, edge + 1) - 1);
 }
 
 /// Tells whether an edge is fit for a plan; `offsets` are.
@@ -33,8 +30,7 @@ struct EdgeFits {
     index_t rows, keys;
     POLYATTN_HOST_DEVICE bool operator()(offset_t edge) const {
         if (to[edge] < 0 || to[edge] >= keys) return false;
-        const offset_t row_begins = offsets[first_not_below(offsets, offset_t{rows} + 1, edge + 1) - 1];
-        return edge == row_begins || to[edge - 1] < to[edge];
+        return edge == offsets[row_of_edge(offsets, rows, edge)] || to[edge - 1] < to[edge];
     }
 };
 struct OffsetFits {
@@ -46,9 +42,7 @@ struct PairOfEdge {
     const offset_t* offsets;
     const index_t* to;
     index_t rows;
-    POLYATTN_HOST_DEVICE std::uint64_t operator()(offset_t edge) const {
-        return JoinPair()(static_cast<index_t>(first_not_below(offsets, offset_t{rows} + 1, edge + 1) - 1), to[edge]);
-    }
+    POLYATTN_HOST_DEVICE std::uint64_t operator()(offset_t edge) const { return JoinPair()(row_of_edge(offsets, rows, edge), to[edge]); }
 };
 /// Pairs of a plan's tiles.
 struct InTiles {
@@ -131,71 +125,119 @@ private:
     thrust::device_vector<Plan::TileRow> rows_;
 };
 
-/// A plan's edges, if it has any: those it keeps on the device, or copies of the host's.
-class EdgesOfPlan {
-public:
-    explicit EdgesOfPlan(const Plan& plan) : rows_(plan.queries()) {
-        if (const DeviceEdges* kept = plan.find_lowered<DeviceEdges>()) {
-            count_ = kept->count();
-            offsets_ = kept->by_query().offsets;
-            to_ = kept->by_query().to;
-        } else if (plan.edges().count() > 0) {
-            copies_ = {{plan.edges().offsets.begin(), plan.edges().offsets.end()}, {plan.edges().keys.begin(), plan.edges().keys.end()}};
-            count_ = plan.edges().count();
-            offsets_ = raw(std::as_const(copies_.offsets));
-            to_ = raw(std::as_const(copies_.keys));
+/// A plan in the making.
+struct PlanParts {
+    Plan tiles;       // without edges
+    CudaEdges edges;  // no offsets if there are none
+};
+inline Plan tiles_of(const Plan& plan) { return Plan(plan.queries(), plan.keys(), {plan.tiles().begin(), plan.tiles().end()}, {}); }
+
+/// With copies of the edges, which the plan keeps on the device or on the host.
+template <class Execution>
+PlanParts parts_of(const Execution& execution, const Plan& plan) {
+    PlanParts parts{tiles_of(plan), {}};
+    if (const DeviceEdges* kept = plan.find_lowered<DeviceEdges>()) {
+        if (kept->count() == 0) return parts;
+        parts.edges = {thrust::device_vector<offset_t>(static_cast<std::size_t>(plan.queries()) + 1), thrust::device_vector<index_t>(static_cast<std::size_t>(kept->count()))};
+        thrust::copy_n(execution, thrust::device_pointer_cast(kept->by_query().offsets), parts.edges.offsets.size(), parts.edges.offsets.begin());
+        thrust::copy_n(execution, thrust::device_pointer_cast(kept->by_query().to), parts.edges.keys.size(), parts.edges.keys.begin());
+    } else if (plan.edges().count() > 0)
+        parts.edges = {{plan.edges().offsets.begin(), plan.edges().offsets.end()}, {plan.edges().keys.begin(), plan.edges().keys.end()}};
+    return parts;
+}
+/// Appends the edges of a plan with these queries.
+template <class Execution>
+void append_pairs(const Execution& execution, const CudaEdges& edges, index_t queries, thrust::device_vector<std::uint64_t>& pairs) {
+    const std::size_t before = pairs.size();
+    const thrust::counting_iterator<offset_t> edge(0);
+    pairs.resize(before + edges.keys.size());
+    thrust::transform(execution, edge, edge + static_cast<offset_t>(edges.keys.size()), pairs.begin() + static_cast<std::ptrdiff_t>(before), PairOfEdge{raw(edges.offsets), raw(edges.keys), queries});
+}
+/// Tiles, and pairs in any order, repeats allowed.
+template <class Execution>
+PlanParts parts_of(const Execution& execution, const Plan& tiles, thrust::device_vector<std::uint64_t>& pairs) {
+    if (pairs.empty()) return {tiles, {}};
+    thrust::sort(execution, pairs.begin(), pairs.end());
+    return {tiles, edges_of_sorted_pairs(execution, pairs.begin(), thrust::unique(execution, pairs.begin(), pairs.end()), tiles.queries())};
+}
+
+template <class Execution>
+PlanParts unite_parts(const Execution& execution, const PlanParts& a, const PlanParts& b) {
+    const Plan united = unite(a.tiles, b.tiles);
+    const PlanParts cut = parts_of(execution, united);
+    thrust::device_vector<std::uint64_t> pairs;
+    for (const CudaEdges* edges : {&cut.edges, &a.edges, &b.edges}) append_pairs(execution, *edges, united.queries(), pairs);
+    const TilesOnDevice tiles(cut.tiles);
+    pairs.erase(thrust::remove_if(execution, pairs.begin(), pairs.end(), tiles.view()), pairs.end());
+    return parts_of(execution, cut.tiles, pairs);
+}
+template <class Execution>
+PlanParts intersect_parts(const Execution& execution, const PlanParts& a, const PlanParts& b) {
+    const Plan tiles = intersect(a.tiles, b.tiles);
+    thrust::device_vector<std::uint64_t> pairs;
+    const auto keep_common = [&](const PlanParts& from, const PlanParts& other) {
+        const auto before = static_cast<std::ptrdiff_t>(pairs.size());
+        append_pairs(execution, from.edges, tiles.queries(), pairs);
+        const TilesOnDevice of_other(other.tiles);
+        pairs.erase(thrust::remove_if(execution, pairs.begin() + before, pairs.end(), NotInPlan{of_other.view(), other.edges.keys.empty() ? nullptr : raw(other.edges.offsets), raw(other.edges.keys)}), pairs.end());
+    };
+    keep_common(a, b);
+    keep_common(b, a);
+    return parts_of(execution, tiles, pairs);
+}
+
+/// Memory of a plan goes where an exception is under way, or the runtime is gone already: what can't be given back then is left.
+template <class T>
+struct QuietAllocator : thrust::device_allocator<T> {
+    template <class U>
+    struct rebind {
+        using other = QuietAllocator<U>;
+    };
+    QuietAllocator() = default;
+    template <class U>
+    QuietAllocator(const QuietAllocator<U>&) {}
+
+    void deallocate(typename thrust::device_allocator<T>::pointer memory, std::size_t size) noexcept {
+        try {
+            thrust::device_allocator<T>::deallocate(memory, size);
+        } catch (...) {
         }
     }
-
-    const offset_t* offsets() const { return offsets_; }
-    const index_t* to() const { return to_; }
-    /// Appends them.
-    template <class Execution>
-    void pairs(const Execution& execution, thrust::device_vector<std::uint64_t>& to) const {
-        const std::size_t before = to.size();
-        const thrust::counting_iterator<offset_t> edge(0);
-        to.resize(before + static_cast<std::size_t>(count_));
-        thrust::transform(execution, edge, edge + count_, to.begin() + static_cast<std::ptrdiff_t>(before), PairOfEdge{offsets_, to_, rows_});
-    }
-
-private:
-    CudaEdges copies_;
-    index_t rows_;
-    offset_t count_ = 0;
-    const offset_t* offsets_ = nullptr;
-    const index_t* to_ = nullptr;
 };
+template <class T>
+using PlanMemory = thrust::device_vector<T, QuietAllocator<T>>;
 
-inline Plan tiles_alone(const Plan& plan) { return Plan(plan.queries(), plan.keys(), {plan.tiles().begin(), plan.tiles().end()}, {}); }
-
-/// The tiles of a plan, and edges that are known to be right.
+/// The plan, with its edges and their transpose on the device.
 template <class Execution>
-Plan plan_of(const Execution& execution, const Plan& tiles, CudaEdges edges) {
-    if (edges.keys.empty()) return tiles_alone(tiles);
+Plan plan_of(const Execution& execution, const PlanParts& parts) {
+    const CudaEdges& edges = parts.edges;
+    if (edges.keys.empty()) return parts.tiles;
     struct Graph {
-        CudaEdges by_query;
-        CudaTransposedEdges by_key;
+        PlanMemory<offset_t> offsets;
+        PlanMemory<index_t> keys;
+        PlanMemory<offset_t> transposed_offsets;
+        PlanMemory<index_t> queries;
+        PlanMemory<offset_t> forward;
     };
-    const auto graph = std::make_shared<Graph>(Graph{std::move(edges), {}});
-    graph->by_key = transpose_on_device(graph->by_query, tiles.keys(), execution);
-    Plan plan = Plan::with_edges_elsewhere(tiles.queries(), tiles.keys(), {tiles.tiles().begin(), tiles.tiles().end()}, [graph] { return graph->by_query.to_host(); });
-    const Graph& made = *graph;
-    plan.adopt(std::make_shared<const DeviceEdges>(graph, static_cast<offset_t>(made.by_query.keys.size()), EdgeView{raw(made.by_query.offsets), raw(made.by_query.keys), nullptr},
-                                                   EdgeView{raw(made.by_key.offsets), raw(made.by_key.queries), raw(made.by_key.forward)}));
+    const CudaTransposedEdges by_key = transpose_on_device(edges, parts.tiles.keys(), execution);
+    const auto graph = std::make_shared<const Graph>(Graph{edges.offsets, edges.keys, by_key.offsets, by_key.queries, by_key.forward});
+    const auto at = [](const auto& memory) { return thrust::raw_pointer_cast(memory.data()); };
+    Plan plan = Plan::with_edges_elsewhere(parts.tiles.queries(), parts.tiles.keys(), {parts.tiles.tiles().begin(), parts.tiles.tiles().end()}, [graph] {
+        Edges fetched{std::vector<offset_t>(graph->offsets.size()), std::vector<index_t>(graph->keys.size())};
+        thrust::copy(graph->offsets.begin(), graph->offsets.end(), fetched.offsets.begin());
+        thrust::copy(graph->keys.begin(), graph->keys.end(), fetched.keys.begin());
+        return fetched;
+    });
+    plan.adopt(std::make_shared<const DeviceEdges>(graph, static_cast<offset_t>(graph->keys.size()), EdgeView{at(graph->offsets), at(graph->keys), nullptr},
+                                                   EdgeView{at(graph->transposed_offsets), at(graph->queries), at(graph->forward)}));
     return plan;
 }
-/// The tiles of a plan, and pairs in any order, repeats allowed.
-template <class Execution>
-Plan plan_of(const Execution& execution, const Plan& tiles, thrust::device_vector<std::uint64_t>& pairs) {
-    thrust::sort(execution, pairs.begin(), pairs.end());
-    return plan_of(execution, tiles, edges_of_sorted_pairs(execution, pairs.begin(), thrust::unique(execution, pairs.begin(), pairs.end()), tiles.queries()));
-}
 
-/// Which patterns have a plan of their own on the device; of others the host makes it.
+/// Which patterns have edges that are made on the device; those of others the host makes.
 template <class Pattern>
 struct PlannerOnDevice {
     template <class Execution>
-    static Plan plan(const Pattern& pattern, index_t queries, index_t keys, const Execution&) { return pattern.plan(queries, keys); }
+    static PlanParts parts(const Pattern& pattern, index_t queries, index_t keys, const Execution& execution) { return parts_of(execution, pattern.plan(queries, keys)); }
 };
 
 }  // namespace detail::cuda
@@ -213,52 +255,39 @@ Plan plan_of_edges_on_device(CudaEdges edges, index_t queries, index_t keys, con
                       thrust::count_if(execution, first, first + queries, OffsetFits{raw(edges.offsets)}) == queries &&
                       thrust::count_if(execution, first, first + count, EdgeFits{raw(edges.offsets), raw(edges.keys), queries, keys}) == count;
     if (!fits) return PlanBuilder(queries, keys).edges(edges.to_host()).build();  // says what is wrong
-    return plan_of(execution, empty, std::move(edges));
+    return plan_of(execution, {empty, std::move(edges)});
 }
 
-/// unite(a, b), without the host seeing an edge that is on the device. O(edges) for a radix sort, O(edges (log queries + tiles of a query x log of their lists)); tiles as there.
+/// unite(a, b), of edges that may be on the device. O(edges) for a radix sort, O(edges (log queries + tiles of a query x log of their lists)); tiles as there. Throws invalid_input.
 template <class Execution = detail::cuda::DefaultExecution>
 Plan unite_on_device(const Plan& a, const Plan& b, const Execution& execution = thrust::device) {
     using namespace detail::cuda;
-    const Plan tiles = unite(tiles_alone(a), tiles_alone(b));
-    thrust::device_vector<std::uint64_t> pairs;
-    for (const Plan* plan : {&tiles, &a, &b}) EdgesOfPlan(*plan).pairs(execution, pairs);
-    const TilesOnDevice on_device(tiles);
-    pairs.erase(thrust::remove_if(execution, pairs.begin(), pairs.end(), on_device.view()), pairs.end());
-    return plan_of(execution, tiles, pairs);
+    return plan_of(execution, unite_parts(execution, parts_of(execution, a), parts_of(execution, b)));
 }
-
 /// intersect(a, b), as unite_on_device().
 template <class Execution = detail::cuda::DefaultExecution>
 Plan intersect_on_device(const Plan& a, const Plan& b, const Execution& execution = thrust::device) {
     using namespace detail::cuda;
-    thrust::device_vector<std::uint64_t> pairs;
-    const auto keep_common = [&](const Plan& from, const Plan& other) {
-        const auto before = static_cast<std::ptrdiff_t>(pairs.size());
-        EdgesOfPlan(from).pairs(execution, pairs);
-        const TilesOnDevice tiles(other);
-        const EdgesOfPlan edges(other);
-        pairs.erase(thrust::remove_if(execution, pairs.begin() + before, pairs.end(), NotInPlan{tiles.view(), edges.offsets(), edges.to()}), pairs.end());
-    };
-    keep_common(a, b);
-    keep_common(b, a);
-    return plan_of(execution, intersect(tiles_alone(a), tiles_alone(b)), pairs);
+    return plan_of(execution, intersect_parts(execution, parts_of(execution, a), parts_of(execution, b)));
 }
 
-/// pattern.plan(queries, keys), with the edges of RandomTokens, UniformTokens, ErdosRenyi and LocalGlobalRandom, alone and within Union, Intersection and Prefix, made on the
-/// device and left there; the host copies them if it asks for Plan::edges(). Of other patterns the host makes the plan. Throws what pattern.plan() throws.
+/// pattern.plan(queries, keys) with its edges on the device: those of RandomTokens, UniformTokens, ErdosRenyi and LocalGlobalRandom, alone and within Union, Intersection and
+/// Prefix, are made there, those of other patterns by the host. The host fetches them when it asks for the plan's pairs. Throws what pattern.plan() throws.
 /// Drawing, O(edges) for radix sorts, and the tiles on the host. Hand it to calls in CudaOptions::plan.
 template <SparsityPattern Pattern, class Execution = detail::cuda::DefaultExecution>
 Plan plan_on_device(const Pattern& pattern, index_t queries, index_t keys, const Execution& execution = thrust::device) {
-    return detail::cuda::PlannerOnDevice<Pattern>::plan(pattern, queries, keys, execution);
+    using namespace detail::cuda;
+    return plan_of(execution, PlannerOnDevice<Pattern>::parts(pattern, queries, keys, execution));
 }
 /// layer.plan(queries, keys, draw) in the same way.
 template <class Pattern, class Sampler, class Diffusion, class Score, class Bias, class Backend, class Execution = detail::cuda::DefaultExecution>
 Plan plan_on_device(const AttentionLayer<Pattern, Sampler, Diffusion, Score, Bias, Backend>& layer, index_t queries, index_t keys, const Draw& draw = {}, const Execution& execution = thrust::device) {
+    using namespace detail::cuda;
     if constexpr (std::is_same_v<Sampler, AllSources>) return plan_on_device(layer.pattern(), queries, keys, execution);
     else {
         const Plan sampled = layer.sampler().sample(queries, keys, draw, detail::is_causal<Pattern>());
-        return intersect_on_device(plan_on_device(layer.pattern(), queries, keys, execution), sampled, execution);
+        if constexpr (std::is_same_v<Pattern, Dense>) return sampled;
+        else return plan_of(execution, intersect_parts(execution, PlannerOnDevice<Pattern>::parts(layer.pattern(), queries, keys, execution), parts_of(execution, sampled)));
     }
 }
 
@@ -267,57 +296,64 @@ namespace detail::cuda {
 template <>
 struct PlannerOnDevice<RandomTokens> {
     template <class Execution>
-    static Plan plan(const RandomTokens& pattern, index_t queries, index_t keys, const Execution& execution) {
-        return plan_of(execution, Plan(queries, keys, {}, {}), random_tokens_on_device(pattern, queries, keys, execution));
+    static PlanParts parts(const RandomTokens& pattern, index_t queries, index_t keys, const Execution& execution) {
+        CudaEdges edges = random_tokens_on_device(pattern, queries, keys, execution);
+        return {PlanBuilder(queries, keys).build(), std::move(edges)};
     }
 };
 template <>
 struct PlannerOnDevice<UniformTokens> {
     template <class Execution>
-    static Plan plan(const UniformTokens& pattern, index_t queries, index_t keys, const Execution& execution) {
+    static PlanParts parts(const UniformTokens& pattern, index_t queries, index_t keys, const Execution& execution) {
+        const Plan empty = PlanBuilder(queries, keys).build();
         const UniformPair pair{queries, keys, std::min<offset_t>(pattern.count, std::max<offset_t>(offset_t{keys} - 1, 0))};
         thrust::device_vector<std::uint64_t> pairs(static_cast<std::size_t>(queries) * static_cast<std::size_t>(pair.picks));
         thrust::tabulate(execution, pairs.begin(), pairs.end(), pair);
-        return plan_of(execution, Plan(queries, keys, {}, {}), pairs);
+        return parts_of(execution, empty, pairs);
     }
 };
 template <>
 struct PlannerOnDevice<ErdosRenyi> {
     template <class Execution>
-    static Plan plan(const ErdosRenyi& pattern, index_t queries, index_t keys, const Execution& execution) {
-        return plan_of(execution, Plan(queries, keys, {}, {}), erdos_renyi_on_device(pattern, queries, keys, execution));
+    static PlanParts parts(const ErdosRenyi& pattern, index_t queries, index_t keys, const Execution& execution) {
+        CudaEdges edges = erdos_renyi_on_device(pattern, queries, keys, execution);
+        return {PlanBuilder(queries, keys).build(), std::move(edges)};
+    }
+};
+template <class... Patterns>
+struct PlannerOnDevice<Union<Patterns...>> {
+    template <class Execution>
+    static PlanParts parts(const Union<Patterns...>& pattern, index_t queries, index_t keys, const Execution& execution) {
+        return join_plans(pattern.patterns, [&]<class P>(const P& part) { return PlannerOnDevice<P>::parts(part, queries, keys, execution); },
+                          [&](const PlanParts& a, const PlanParts& b) { return unite_parts(execution, a, b); });
     }
 };
 template <>
 struct PlannerOnDevice<LocalGlobalRandom> {
     template <class Execution>
-    static Plan plan(const LocalGlobalRandom& pattern, index_t queries, index_t keys, const Execution& execution) { return plan_on_device(pattern.parts(), queries, keys, execution); }
-};
-template <class... Patterns>
-struct PlannerOnDevice<Union<Patterns...>> {
-    template <class Execution>
-    static Plan plan(const Union<Patterns...>& pattern, index_t queries, index_t keys, const Execution& execution) {
-        return join_plans(pattern.patterns, [&](const auto& part) { return plan_on_device(part, queries, keys, execution); }, [&](const Plan& a, const Plan& b) { return unite_on_device(a, b, execution); });
+    static PlanParts parts(const LocalGlobalRandom& pattern, index_t queries, index_t keys, const Execution& execution) {
+        return PlannerOnDevice<decltype(pattern.parts())>::parts(pattern.parts(), queries, keys, execution);
     }
 };
 template <class... Patterns>
 struct PlannerOnDevice<Intersection<Patterns...>> {
     template <class Execution>
-    static Plan plan(const Intersection<Patterns...>& pattern, index_t queries, index_t keys, const Execution& execution) {
-        return join_plans(pattern.patterns, [&](const auto& part) { return plan_on_device(part, queries, keys, execution); }, [&](const Plan& a, const Plan& b) { return intersect_on_device(a, b, execution); });
+    static PlanParts parts(const Intersection<Patterns...>& pattern, index_t queries, index_t keys, const Execution& execution) {
+        return join_plans(pattern.patterns, [&]<class P>(const P& part) { return PlannerOnDevice<P>::parts(part, queries, keys, execution); },
+                          [&](const PlanParts& a, const PlanParts& b) { return intersect_parts(execution, a, b); });
     }
 };
 template <class Pattern>
 struct PlannerOnDevice<Prefix<Pattern>> {
     template <class Execution>
-    static Plan plan(const Prefix<Pattern>& pattern, index_t queries, index_t keys, const Execution& execution) {
+    static PlanParts parts(const Prefix<Pattern>& pattern, index_t queries, index_t keys, const Execution& execution) {
         require_square("Prefix", queries, keys);
-        const Plan whole = plan_on_device(pattern.pattern, pattern.length, pattern.length, execution);
+        const PlanParts whole = PlannerOnDevice<Pattern>::parts(pattern.pattern, pattern.length, pattern.length, execution);
+        const Plan tiles = prefix(whole.tiles, queries, keys);
         thrust::device_vector<std::uint64_t> pairs;
-        const Plan tiles = prefix(tiles_alone(whole), queries, keys);
-        EdgesOfPlan(whole).pairs(execution, pairs);
+        append_pairs(execution, whole.edges, whole.tiles.queries(), pairs);
         pairs.erase(thrust::remove_if(execution, pairs.begin(), pairs.end(), Outside{queries, keys}), pairs.end());
-        return plan_of(execution, tiles, pairs);
+        return parts_of(execution, tiles, pairs);
     }
 };
 

@@ -79,18 +79,25 @@ const T* raw(const thrust::device_vector<T>& vector) {
     return thrust::raw_pointer_cast(vector.data());
 }
 
+/// Position of the first of `size` ascending numbers that is >= value.
+template <class T>
+POLYATTN_HOST_DEVICE offset_t first_not_below(const T* numbers, offset_t size, T value) {
+    offset_t at = 0;
+    for (offset_t end = size; at < end;) {
+        const offset_t middle = at + (end - at) / 2;
+        if (numbers[middle] < value) at = middle + 1;
+        else end = middle;
+    }
+    return at;
+}
+
 /// A set of numbers as an ascending list, in memory with room for them.
 struct SortedNumbers {
     index_t* numbers;
     index_t size;
 
     POLYATTN_HOST_DEVICE bool operator()(index_t number) {
-        index_t at = 0, end = size;
-        while (at < end) {
-            const index_t middle = at + (end - at) / 2;
-            if (numbers[middle] < number) at = middle + 1;
-            else end = middle;
-        }
+        const auto at = static_cast<index_t>(first_not_below(numbers, offset_t{size}, number));
         if (at < size && numbers[at] == number) return false;
         for (index_t i = size; i > at; --i) numbers[i] = numbers[i - 1];
         numbers[at] = number;

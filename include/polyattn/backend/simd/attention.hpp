@@ -26,11 +26,6 @@ Rows<T> scaled_rows(Rows<T> v, double factor, index_t rows, index_t columns, Are
     return {copy, columns};
 }
 
-template <class T>
-void store_row(MatrixView<T> out, index_t i, const T* from, bool accumulate) {
-    for (index_t c = 0; c < out.cols; ++c) out(i, c) = accumulate ? out(i, c) + from[c] : from[c];
-}
-
 /// The operators of a kind of head.
 template <class A, class Head>
 struct operators_of;
@@ -61,7 +56,7 @@ void forward(const AnyHead& head, const HeadResult<T>& result, Workers& workers)
     Rows<T> z = scaled_rows(v, head.recursion->start, head.v.rows, columns, arena);
     if (hops.empty()) {
         const T* const zeros = std::fill_n(arena.take<T>(columns).data(), columns, T(0)) - columns;
-        for (index_t i = 0; i < rows; ++i) store_row(result.out, i, i < head.query_length ? z.row(i) : zeros, result.accumulate);
+        for (index_t i = 0; i < rows; ++i) store_row<A>(result.out, i, i < head.query_length ? z.row(i) : zeros, result.accumulate);
     }
     const bool direct = result.out.col_stride == 1 && columns == dim && !result.accumulate;
     T* spare[2] = {};
@@ -86,7 +81,7 @@ void forward(const AnyHead& head, const HeadResult<T>& result, Workers& workers)
         if (result.hops && columns != dim)
             for (index_t i = 0; i < rows; ++i) std::copy_n(to + i * stride, dim, result.hops + (static_cast<offset_t>(k) * rows + i) * dim);
         if (last && to != result.out.data)
-            for (index_t i = 0; i < rows; ++i) store_row(result.out, i, to + i * stride, result.accumulate);
+            for (index_t i = 0; i < rows; ++i) store_row<A>(result.out, i, to + i * stride, result.accumulate);
         z = {to, stride};
     }
     if (result.logsumexp)

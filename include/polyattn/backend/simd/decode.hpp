@@ -42,10 +42,6 @@ void for_each_key_run(const Plan& plan, index_t key_length, F&& f) {
     emit({edges.data(), 0, static_cast<index_t>(std::lower_bound(edges.begin(), edges.end(), key_length) - edges.begin())});
 }
 
-/// Numbers of a line of the caches.
-template <class T>
-inline constexpr index_t cache_line = 64 / sizeof(T);
-
 /// weights[head * stride + l] = queries[head] . row(l) for the keys l of one vector. Two heads share what is loaded of half of them. While the first heads work,
 /// row(l) + ahead is fetched, if that is not 0.
 template <class T, class A, class Row>
@@ -161,9 +157,14 @@ void decode(std::span<const Head<T, Bias>> heads, std::span<const HeadResult<T>>
         }
         for (index_t at = 0; at < run.count; at += block) {
             const index_t count = std::min(block, run.count - at);
-            // The next block comes in meanwhile, row by row: the hardware does not see ahead where keys and values take turns, and many lines at once would hold up the arithmetic.
+            // The next block comes in meanwhile: the hardware does not see ahead where keys and values take turns. Row by row, since many lines at once hold up the arithmetic, but for lists.
             const bool fetches = from_memory && !run.keys && run[at] + count + block <= first.k.rows;
             for (index_t p = 0; p < count; p += width) {
+                if (from_memory && run.keys)
+                    for (index_t next = at + block + p; next < std::min(at + block + p + width, run.count); ++next) {
+                        for (index_t c = 0; c < dim; c += cache_line<T>) prefetch(k.row(run[next]) + c);
+                        for (index_t c = 0; c < columns; c += cache_line<T>) prefetch(v.row(run[next]) + c);
+                    }
                 if (!run.keys && p + width <= count) {  // four base pointers and one offset
                     const T* const keys = k.row(run[at + p]);
                     const T* const base[4] = {keys, keys + k.stride, keys + 2 * k.stride, keys + 3 * k.stride};

@@ -48,8 +48,7 @@ bool is_out_of_cache(const Parts<T>& parts) { return offset_t{parts.rows} * stat
 
 template <int N, class T, class A>
 POLYATTN_ALWAYS_INLINE void prefetch_row(const T* row) {
-    constexpr int line = 64 / static_cast<int>(sizeof(T));
-    for (int c = 0; c < N * lanes<T, A>; c += line) prefetch(row + c);
+    for (int c = 0; c < N * lanes<T, A>; c += cache_line<T>) prefetch(row + c);
 }
 
 /// sum += sum over e < count of weights[e] * part[keys[e]]. `known` keys may be read for fetching ahead; 0 fetches nothing ahead.

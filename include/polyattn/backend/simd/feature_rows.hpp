@@ -154,10 +154,6 @@ public:
 
     /// d_x = (`adds`: +=) the gradient through the map, of `count` rows; d_phi is used up, `scratch` takes [count][padded dim].
     void backward(Rows<T> rows, index_t first, index_t count, const T* phi, T* d_phi, T* scratch, MatrixView<T> d_x, bool adds) const {
-        const auto store = [&](index_t i, const T* from) {
-            if (adds) add_row<A>(d_x, first + i, T(1), from);
-            else set_row(d_x, first + i, from);
-        };
         if constexpr (random) {
             const index_t inputs = padded(dim_, width);
             const T root = static_cast<T>(1 / std::sqrt(double(dim_)));
@@ -175,7 +171,7 @@ public:
                 std::fill(to + dim_, to + inputs, T(0));
             }
             row_product<T, A>(d_phi, columns_, count, count_, to_inputs_, inputs, inputs, scratch, inputs, nullptr, true);
-            for (index_t i = 0; i < count; ++i) store(i, scratch + offset_t{i} * inputs);
+            for (index_t i = 0; i < count; ++i) store_row<A>(d_x, first + i, scratch + offset_t{i} * inputs, adds);
         } else
             for (index_t i = 0; i < count; ++i) {
                 const T* const from = rows.row(first + i);
@@ -186,7 +182,7 @@ public:
                     const V x = c + width <= dim_ ? V::load_unaligned(from + c) : rest(from + c, dim_ - c);
                     through_features<T, A>(map_, x, V::load_aligned(phi + offset_t{i} * columns_ + c), V::load_aligned(row + c)).store_unaligned(to + c);
                 }
-                if (to == row) store(i, row);
+                if (to == row) store_row<A>(d_x, first + i, row, adds);
             }
     }
 

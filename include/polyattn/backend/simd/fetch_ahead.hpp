@@ -22,14 +22,14 @@ public:
     }
     /// All rows in so many equal steps.
     void spread(offset_t steps) {
-        const offset_t lines = (size_ + line - 1) / line * rows_;
+        const offset_t lines = (size_ + cache_line<T> - 1) / cache_line<T> * rows_;
         step_ = steps > 0 ? (lines + steps - 1) / steps : 0;
     }
 
     POLYATTN_ALWAYS_INLINE void step() {
         for (offset_t lines = step_; lines > 0 && rows_ > 0;) {
             const T* const end = row_ + size_;
-            for (; at_ < end && lines > 0; at_ += line, --lines) prefetch(at_);
+            for (; at_ < end && lines > 0; at_ += cache_line<T>, --lines) prefetch(at_);
             if (at_ < end) return;
             at_ = row_ += stride_;
             --rows_;
@@ -37,7 +37,6 @@ public:
     }
 
 private:
-    static constexpr std::ptrdiff_t line = 64 / sizeof(T);
     const T *at_ = nullptr, *row_ = nullptr;  // the next line, and the row that it is in
     std::ptrdiff_t stride_ = 0;
     index_t rows_ = 0;                        // that are left

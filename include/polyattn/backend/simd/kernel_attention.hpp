@@ -239,8 +239,10 @@ protected:
     }
     /// The next block of some rows, to fetch.
     static NextRows<T> next_rows(Rows<T> rows, index_t first, index_t length, index_t columns, index_t most = block) {
-        return {rows.row(first), rows.stride, std::clamp(length - first, index_t{0}, most), columns};
+        return next_rows(rows, behind(first, length, most), columns);
     }
+    static NextRows<T> next_rows(Rows<T> rows, Bounds next, index_t columns) { return {rows.row(next.begin), rows.stride, next.size(), columns}; }
+    static Bounds behind(index_t first, index_t length, index_t most = block) { return {first, first + std::clamp(length - first, index_t{0}, most)}; }
     static void add_rows(const T* rows, index_t columns, index_t count, T* to) {
         for_column_panels<4, width>(columns, [&](auto vectors, index_t column) POLYATTN_INLINE_LAMBDA {
             V sums[vectors];

@@ -66,7 +66,7 @@ public:
             for (offset_t k = 0; k < count_terms; ++k) {
                 const Rows<T> g = terms[static_cast<std::size_t>(k)].g;
                 row_product<T, A>(g.row(first), g.stride, count, inner, turned + k * columns_ * f_, f_, f_, scratch.d_phi, f_, nullptr, k > 0,
-                                  Base::next_rows(g, first + count, queries, columns_), k == 0 ? next_rows(gradient.d_q, first + count, queries) : NextRows<T>());
+                                  Base::next_rows(g, first + count, queries, columns_), k == 0 ? next_rows(gradient.d_q, Base::behind(first + count, queries)) : NextRows<T>());
             }
             for (index_t i = 0; i < count; ++i) {
                 const T factor = Base::factor(first + i), mean = row_means[static_cast<std::size_t>(first + i)];
@@ -93,7 +93,7 @@ public:
             const Scratch& scratch = Base::scratch_of(worker);
             const auto first = static_cast<index_t>(unit) * block, count = std::min(block, head_.k.rows - first), valid = std::clamp(head_.key_length - first, index_t{0}, count);
             features_.template forward<false>(k_, first, valid, scratch.phi);
-            d_features_of_keys(terms, first, valid, turned, d_sums, scratch.d_phi, gradient.d_k);
+            d_features_of_keys(terms, first, valid, turned, d_sums, scratch.d_phi, gradient.d_k, Base::behind(first + valid, keys));
             if (out) store_keys(first, valid, count, scratch.phi, d_states, d_sums + f_, out);
             features_.backward(k_, first, valid, scratch.phi, scratch.d_phi, scratch.rows, gradient.d_k, gradient.adds_to_keys);
         });
@@ -123,9 +123,9 @@ private:
         workers_[0].release(mark);
     }
 
-    static NextRows<T> next_rows(MatrixView<T> rows, index_t first, index_t length) {
-        return rows.col_stride == 1 ? Base::next_rows({rows.data, rows.row_stride}, first, length, rows.cols) : NextRows<T>();
-    }
+    static NextRows<T> next_rows(MatrixView<T> rows, Bounds next) { return rows.col_stride == 1 ? Base::next_rows({rows.data, rows.row_stride}, next, rows.cols) : NextRows<T>(); }
+    /// Keys of the causal block in front of one.
+    Bounds block_before(index_t first) const { return {std::min(std::max(first - causal_block, Base::first_position()), head_.key_length), std::min(first, head_.key_length)}; }
     /// Gradients of rows that are means, to what every key gets.
     void add_means(Rows<T> g, index_t first, index_t count, T* to) const {
         if (head_.zero != ZeroRow::mean) return;
@@ -134,7 +134,7 @@ private:
     }
     /// out = A^T g for a block of keys; zeros behind the valid ones.
     void store_keys(index_t first, index_t valid, index_t count, const T* phi, const T* d_state, const T* means, T* out) const {
-        keys_times(phi, first, valid, d_state, out);
+        keys_times(phi, first, valid, d_state, out, Base::behind(first + valid, head_.key_length));
         if (head_.zero == ZeroRow::mean)
             for (index_t j = first; j < first + valid; ++j) add_scaled<T, A>(T(1), means, columns_, out + offset_t{j} * columns_);
         std::fill(out + offset_t{first + valid} * columns_, out + offset_t{first + count} * columns_, T(0));
@@ -152,17 +152,17 @@ private:
             else scale_row<T, A>(row, factor, f_, row);
         }
     }
-    /// out rows = phi(k) d_state.
-    void keys_times(const T* phi, index_t first, index_t count, const T* d_state, T* out) const {
+    /// out rows = phi(k) d_state. `next`: the keys that come next.
+    void keys_times(const T* phi, index_t first, index_t count, const T* d_state, T* out, Bounds next) const {
         row_product<T, A>(phi, f_, count, features_.count(), d_state, columns_, columns_, out + offset_t{first} * columns_, columns_, nullptr, false,
-                          Base::next_rows(k_, first + count, head_.key_length, head_.k.cols), Base::next_rows({out, columns_}, first + count, head_.key_length, columns_));
+                          Base::next_rows(k_, next, head_.k.cols), Base::next_rows({out, columns_}, next, columns_));
     }
     /// d_phi rows = d_sums + sum_k Z_k dS_k^T.
-    void d_features_of_keys(std::span<const WeightGradientTerm<T>> terms, index_t first, index_t count, const T* turned, const T* d_sums, T* d_phi, MatrixView<T> d_k) const {
+    void d_features_of_keys(std::span<const WeightGradientTerm<T>> terms, index_t first, index_t count, const T* turned, const T* d_sums, T* d_phi, MatrixView<T> d_k, Bounds next) const {
         for (index_t j = 0; j < count; ++j) std::copy_n(d_sums, f_, d_phi + offset_t{j} * f_);
         for (std::size_t k = 0; k < terms.size(); ++k)
             row_product<T, A>(terms[k].z.row(first), terms[k].z.stride, count, head_.v.cols, turned + static_cast<offset_t>(k) * columns_ * f_, f_, f_, d_phi, f_, nullptr, true,
-                              Base::next_rows(terms[k].z, first + count, head_.key_length, columns_), k == 0 ? next_rows(d_k, first + count, head_.key_length) : NextRows<T>());
+                              Base::next_rows(terms[k].z, next, columns_), k == 0 ? next_rows(d_k, next) : NextRows<T>());
     }
 
     void scan_back(Rows<T> g, T* out) {
@@ -173,7 +173,7 @@ private:
             const index_t query = first - Base::offset(), count = std::min(causal_block, head_.k.rows - first);
             scaled_queries(query, queries, scratch.phi);
             features_.template forward<false>(k_, first, keys, scratch.other);
-            keys_times(scratch.other, first, keys, d_state, out);
+            keys_times(scratch.other, first, keys, d_state, out, block_before(first));
             Base::template make_triangle<false>(scratch.other, keys, scratch.phi, f_, queries, features_.count(), f_, turned, scratch.triangle);
             triangle_product<false, T, A>(scratch.triangle, causal_block, keys, queries, g, query, columns_, out + offset_t{first} * columns_, columns_, true,
                                           Base::hides_non_finite(g.row(query), g.stride, queries, columns_));
@@ -188,7 +188,7 @@ private:
         for (index_t j = 0; j < last; j += block) {
             const index_t count = std::min(block, last - j);
             features_.template forward<false>(k_, j, count, scratch.phi);
-            keys_times(scratch.phi, j, count, d_state, out);
+            keys_times(scratch.phi, j, count, d_state, out, Base::behind(j + count, last));
             for (index_t i = 0; i < count; ++i) add_scaled<T, A>(T(1), total, columns_, out + offset_t{j + i} * columns_);
         }
         std::fill(out + offset_t{head_.key_length} * columns_, out + offset_t{head_.k.rows} * columns_, T(0));
@@ -235,12 +235,14 @@ private:
         }
         Base::for_each_causal_block([&](index_t first, index_t keys, index_t queries) {
             const index_t query = first - Base::offset();
+            const Bounds next = Base::behind(query + queries, head_.query_length, causal_block);
             features_.template forward<true>(q_, query, queries, scratch.phi);
             features_.template forward<false>(k_, first, keys, scratch.other);
             d_pairs(std::true_type{}, query, queries, first, keys);
             for (index_t i = 0; i < queries; ++i) scale_row<T, A>(sums, -row_means[static_cast<std::size_t>(query + i)], f_, scratch.d_phi + offset_t{i} * f_);
             for (std::size_t k = 0; k < terms.size(); ++k)
-                row_product<T, A>(terms[k].g.row(query), terms[k].g.stride, queries, inner, states + static_cast<offset_t>(k) * size, f_, f_, scratch.d_phi, f_, nullptr, true);
+                row_product<T, A>(terms[k].g.row(query), terms[k].g.stride, queries, inner, states + static_cast<offset_t>(k) * size, f_, f_, scratch.d_phi, f_, nullptr, true,
+                                  Base::next_rows(terms[k].g, next, columns_), k == 0 ? next_rows(gradient.d_q, next) : NextRows<T>());
             triangle_product<true, T, A>(scratch.triangle, causal_block, queries, keys, Rows<T>{scratch.other, f_}, 0, f_, scratch.d_phi, f_, true,
                                          Base::hides_non_finite(scratch.other, f_, keys, f_));
             for (index_t i = 0; i < queries; ++i) {
@@ -258,7 +260,7 @@ private:
             const index_t query = first - Base::offset();
             scaled_queries(query, queries, scratch.phi);
             features_.template forward<false>(k_, first, keys, scratch.other);
-            d_features_of_keys(terms, first, keys, states, sums, scratch.d_phi, gradient.d_k);
+            d_features_of_keys(terms, first, keys, states, sums, scratch.d_phi, gradient.d_k, block_before(first));
             d_pairs(std::false_type{}, query, queries, first, keys);
             triangle_product<false, T, A>(scratch.triangle, causal_block, keys, queries, Rows<T>{scratch.phi, f_}, 0, f_, scratch.d_phi, f_, true,
                                           Base::hides_non_finite(scratch.phi, f_, queries, f_));
@@ -269,7 +271,7 @@ private:
         for (index_t j = 0; j < prefix; j += block) {
             const index_t count = std::min(block, prefix - j);
             features_.template forward<false>(k_, j, count, scratch.phi);
-            d_features_of_keys(terms, j, count, states, sums, scratch.d_phi, gradient.d_k);
+            d_features_of_keys(terms, j, count, states, sums, scratch.d_phi, gradient.d_k, Base::behind(j + count, prefix));
             features_.backward(k_, j, count, scratch.phi, scratch.d_phi, scratch.rows, gradient.d_k, gradient.adds_to_keys);
         }
     }

@@ -92,13 +92,12 @@ private:
 
     /// Fetches part `part` of `parts` of a block of a into the second-level cache.
     static void fetch(MatrixView<const T> a, Bounds rows, Bounds k, index_t part, index_t parts) {
-        constexpr index_t line = 64 / sizeof(T);
         const bool by_rows = a.col_stride == 1;
         if (rows.empty() || k.empty() || (!by_rows && a.row_stride != 1)) return;
         const Bounds own = piece(by_rows ? rows.size() : k.size(), parts, part);
         for (index_t i = own.begin; i < own.end; ++i) {
             const T* const from = by_rows ? &a(rows.begin + i, k.begin) : &a(rows.begin, k.begin + i);
-            for (index_t c = 0; c < (by_rows ? k.size() : rows.size()); c += line) prefetch(from + c);
+            for (index_t c = 0; c < (by_rows ? k.size() : rows.size()); c += cache_line<T>) prefetch(from + c);
         }
     }
 

@@ -41,7 +41,7 @@ void recurrent_step(const KernelHead<T, Features>& head, index_t tokens, T* stat
         z = next;
         sums = total + columns;
     }
-    store_row(out, 0, z, false);
+    store_row<A>(out, 0, z, false);
 }
 
 }  // namespace detail::simd

@@ -46,13 +46,6 @@ void add_scaled(T factor, const T* from, index_t columns, T* to) {
     using V = Vec<T, A>;
     map_row<T, A>(from, to, columns, [&](V x, V y) POLYATTN_INLINE_LAMBDA { return multiply_add(V(factor), x, y); });
 }
-/// Row i of `to` = from.
-template <class T>
-void set_row(MatrixView<T> to, index_t i, const T* from) {
-    if (to.col_stride == 1) std::copy_n(from, to.cols, &to(i, 0));
-    else
-        for (index_t c = 0; c < to.cols; ++c) to(i, c) = from[c];
-}
 /// The memory of a matrix whose rows of `columns` columns, whole vectors, lie one behind the other; null for another.
 template <class T>
 T* packed_rows(MatrixView<T> rows, index_t columns) {
@@ -63,6 +56,14 @@ template <class A, class T>
 void add_row(MatrixView<T> to, index_t i, T factor, const T* from) {
     if (to.col_stride == 1) return add_scaled<T, A>(factor, from, to.cols, &to(i, 0));
     for (index_t c = 0; c < to.cols; ++c) add_scaled<T, A>(factor, from + c, 1, &to(i, c));
+}
+/// Row i of `to` = (`adds`: +=) from.
+template <class A, class T>
+void store_row(MatrixView<T> to, index_t i, const T* from, bool adds) {
+    if (adds) return add_row<A>(to, i, T(1), from);
+    if (to.col_stride == 1) std::copy_n(from, to.cols, &to(i, 0));
+    else
+        for (index_t c = 0; c < to.cols; ++c) to(i, c) = from[c];
 }
 template <class T, class A>
 T dot(const T* a, const T* b, index_t columns) {

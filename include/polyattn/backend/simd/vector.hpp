@@ -104,6 +104,9 @@ POLYATTN_ALWAYS_INLINE Vec<T, A> in_register(Vec<T, A> a) {
     return a;
 }
 
+/// Numbers of a line of the caches.
+template <class T>
+inline constexpr index_t cache_line = 64 / sizeof(T);
 /// Fetches the line into the second-level cache.
 POLYATTN_ALWAYS_INLINE void prefetch([[maybe_unused]] const void* address) {
 #if defined(__GNUC__)

@@ -10,10 +10,10 @@ namespace detail {
 
 /// join() of the plans that plan_of() makes of the patterns, from the first to the last.
 template <class... Ps, class PlanOf, class Join>
-Plan join_plans(const std::tuple<Ps...>& patterns, PlanOf plan_of, Join join) {
+auto join_plans(const std::tuple<Ps...>& patterns, PlanOf plan_of, Join join) {
     return std::apply(
         [&](const auto& first, const auto&... rest) {
-            Plan plan = plan_of(first);
+            auto plan = plan_of(first);
             ((plan = join(plan, plan_of(rest))), ...);
             return plan;
         },
