@@ -113,8 +113,7 @@ void backward(const AnyHead& head, const HeadGradient<T>& gradient, Workers& wor
     terms[0].z = scaled_rows(v, start, keys, columns, arena);
     for (std::size_t k = 1; k < count; ++k)
         terms[k].z = readable_rows(MatrixView<const T>{gradient.hops + static_cast<offset_t>(k - 1) * rows * dim, rows, dim, dim, 1}, true, width, arena);
-    const auto row_means = arena.take<T>(rows);
-    std::fill(row_means.begin(), row_means.end(), T(0));
+    std::span<T> row_means;
 
     // One hop needs every weight once: for dV and for the gradient of the weights in the same pass.
     const bool fused = count == 1 && attention.shares_passes();
@@ -132,6 +131,15 @@ void backward(const AnyHead& head, const HeadGradient<T>& gradient, Workers& wor
         }
         bool as_they_are = walk == 1;  // rows of g, without those that are not alive
         for (index_t i = 0; as_they_are && i < rows; ++i) as_they_are = attention.is_alive(i);
+        if (as_they_are && fused && teleport == 0 && !head.dropout.drops_values() && attention.makes_row_means()) {
+            terms[0].g = g;
+            summed = in_place ? in_place : arena.take<T>(offset_t{keys} * columns).data();
+            break;
+        }
+        if (row_means.empty()) {
+            row_means = arena.take<T>(rows);
+            std::fill(row_means.begin(), row_means.end(), T(0));
+        }
         T* const scaled = as_they_are ? nullptr : arena.take<T>(offset_t{rows} * columns).data();
         parallel_rows(rows, [&](index_t i) {
             const T* const from = g.row(i);

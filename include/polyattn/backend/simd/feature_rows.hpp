@@ -59,27 +59,33 @@ index_t tile_count(index_t rows, index_t columns) {
     return (rows + K::rows - 1) / K::rows * ((vectors + K::columns - 1) / K::columns);
 }
 
-/// out[rows][columns] (+)= factors[row] * a x: a [rows][inner] and x [inner][columns] as stored, columns whole vectors. Null factors: 1.
-template <class T, class A>
-POLYATTN_NOINLINE void row_product(const T* a, std::ptrdiff_t a_stride, index_t rows, index_t inner, const T* x, std::ptrdiff_t x_stride, index_t columns, T* out,
-                                   std::ptrdiff_t out_stride, const T* factors, bool add, NextRows<T> next = {}, NextRows<T> also = {}) {
+/// The sums a x of tiles of rows and columns: a [rows][inner] and x [inner][columns] as stored, columns whole vectors. begin(row, column) is
+/// what a vector of sums starts from, end(row, column, sums) gets it.
+template <class T, class A, class Begin, class End>
+POLYATTN_ALWAYS_INLINE void product_tiles(const T* a, std::ptrdiff_t a_stride, index_t rows, index_t inner, const T* x, std::ptrdiff_t x_stride, index_t columns, Begin&& begin, End&& end,
+                                          NextRows<T> next, NextRows<T> also) {
     using V = Vec<T, A>;
     using K = Tiling<T, A>;
-    for (NextRows<T>* fetched : {&next, &also}) fetched->spread(tile_count<T, A>(rows, columns));
+    for (NextRows<T>* fetched : {&next, &also}) fetched->spread(tile_count<T, A>(rows, columns), inner / 4);
     for_column_panels<K::columns, K::lanes>(columns, [&](auto width, index_t column) POLYATTN_INLINE_LAMBDA {
         for_each_key_tile<K::rows>(rows, [&](auto height, index_t row) POLYATTN_INLINE_LAMBDA {
             constexpr int M = height, N = width;
             V acc[M * N];
-            T* const to = out + row * out_stride + column;
-            next.step();
-            also.step();
-            if (add) expand<M * N>([&]<int... I>(Ints<I...>) POLYATTN_INLINE_LAMBDA { ((acc[I] = V::load_unaligned(to + I / N * out_stride + I % N * K::lanes)), ...); });
-            else expand<M * N>([&]<int... I>(Ints<I...>) POLYATTN_INLINE_LAMBDA { ((acc[I] = V(T(0))), ...); });
-            row_sum_tile<M, N, T, A>(acc, a + row * a_stride, a_stride, x + column, x_stride, inner);
-            if (factors) expand<M * N>([&]<int... I>(Ints<I...>) POLYATTN_INLINE_LAMBDA { ((acc[I] = acc[I] * V(factors[row + I / N])), ...); });
-            expand<M * N>([&]<int... I>(Ints<I...>) POLYATTN_INLINE_LAMBDA { (acc[I].store_unaligned(to + I / N * out_stride + I % N * K::lanes), ...); });
+            expand<M * N>([&]<int... I>(Ints<I...>) POLYATTN_INLINE_LAMBDA { ((acc[I] = begin(row + I / N, column + I % N * K::lanes)), ...); });
+            row_sum_tile<M, N, T, A>(acc, a + row * a_stride, a_stride, x + column, x_stride, inner, next.next_run(x), also.next_run(x));
+            expand<M * N>([&]<int... I>(Ints<I...>) POLYATTN_INLINE_LAMBDA { (end(row + I / N, column + I % N * K::lanes, acc[I]), ...); });
         });
     });
+}
+
+/// out[rows][columns] (+)= factors[row] * a x. Null factors: 1.
+template <class T, class A>
+POLYATTN_NOINLINE void row_product(const T* a, std::ptrdiff_t a_stride, index_t rows, index_t inner, const T* x, std::ptrdiff_t x_stride, index_t columns, T* out,
+                                   std::ptrdiff_t out_stride, const T* factors, bool add, NextRows<T> next = {}, NextRows<T> also = {}) {
+    using V = Vec<T, A>;
+    product_tiles<T, A>(a, a_stride, rows, inner, x, x_stride, columns,
+                        [&](index_t row, index_t column) POLYATTN_INLINE_LAMBDA { return add ? V::load_unaligned(out + row * out_stride + column) : V(T(0)); },
+                        [&](index_t row, index_t column, V sums) POLYATTN_INLINE_LAMBDA { (factors ? sums * V(factors[row]) : sums).store_unaligned(out + row * out_stride + column); }, next, also);
 }
 
 /// The feature map of one head, for rows of q and of k.
@@ -87,9 +93,10 @@ template <class T, class A, class Features>
 class FeatureRows {
     using V = Vec<T, A>;
     static constexpr int width = lanes<T, A>;
-    static constexpr bool random = has_directions<Features>;
 
 public:
+    static constexpr bool random = has_directions<Features>;
+
     FeatureRows(const KernelHead<T, Features>& head, Arena& arena) : map_(*head.features), dim_(head.q.cols) {
         if constexpr (random) {
             const RandomDirections& directions = *map_;
@@ -178,12 +185,14 @@ public:
                 T* const row = d_phi + offset_t{i} * columns_;
                 // Straight to d_x where whole vectors can be.
                 T* const to = !adds && d_x.col_stride == 1 && columns_ == dim_ ? &d_x(first + i, 0) : row;
-                for (index_t c = 0; c < columns_; c += width) {
-                    const V x = c + width <= dim_ ? V::load_unaligned(from + c) : rest(from + c, dim_ - c);
-                    through_features<T, A>(map_, x, V::load_aligned(phi + offset_t{i} * columns_ + c), V::load_aligned(row + c)).store_unaligned(to + c);
-                }
+                for (index_t c = 0; c < columns_; c += width) through(from, c, phi + offset_t{i} * columns_, V::load_aligned(row + c)).store_unaligned(to + c);
                 if (to == row) store_row<A>(d_x, first + i, row, adds);
             }
+    }
+
+    /// A vector of backward(), of a map that works entry by entry: columns from c of a row.
+    POLYATTN_ALWAYS_INLINE V through(const T* from, index_t c, const T* phi, V d_phi) const {
+        return through_features<T, A>(map_, c + width <= dim_ ? V::load_unaligned(from + c) : rest(from + c, dim_ - c), V::load_aligned(phi + c), d_phi);
     }
 
 private:

@@ -9,6 +9,18 @@ POLYATTN_BEGIN_NAMESPACE
 
 namespace detail::simd {
 
+/// Lines that lie together, which a tile fetches one at a time between its steps.
+template <class T>
+struct LineRun {
+    const T* at;
+    std::ptrdiff_t step;
+
+    POLYATTN_ALWAYS_INLINE void fetch() {
+        prefetch(at);
+        at += step;
+    }
+};
+
 /// Rows that will be wanted next, fetched a few lines at a time, so that memory works while tiles compute.
 template <class T>
 class NextRows {
@@ -20,10 +32,21 @@ public:
             size_ *= rows;
         }
     }
-    /// All rows in so many equal steps.
-    void spread(offset_t steps) {
+    /// All rows in so many equal steps. A step may leave so many lines of one long row to the run that follows it.
+    void spread(offset_t steps, offset_t run = 0) {
         const offset_t lines = (size_ + cache_line<T> - 1) / cache_line<T> * rows_;
         step_ = steps > 0 ? (lines + steps - 1) / steps : 0;
+        run_ = rows_ == 1 ? std::min(step_, run) : 0;
+        step_ -= run_;
+    }
+    /// A step, and the run of lines that is left to the caller; `own`: what it reads anyway, for when there is none.
+    POLYATTN_ALWAYS_INLINE LineRun<T> next_run(const T* own) {
+        step();
+        if (run_ == 0 || rows_ == 0) return {own, 0};
+        const LineRun<T> run{at_, cache_line<T>};
+        at_ += run_ * cache_line<T>;
+        if (at_ >= row_ + size_) rows_ = 0;
+        return run;
     }
 
     POLYATTN_ALWAYS_INLINE void step() {
@@ -40,7 +63,7 @@ private:
     const T *at_ = nullptr, *row_ = nullptr;  // the next line, and the row that it is in
     std::ptrdiff_t stride_ = 0;
     index_t rows_ = 0;                        // that are left
-    offset_t size_ = 0, step_ = 0;            // of a row, of a step in lines
+    offset_t size_ = 0, step_ = 0, run_ = 0;  // of a row, of a step and a run in lines
 };
 
 /// What is wanted after the work at hand, fetched beside it: the next head of many short ones, the next block of long ones.

@@ -14,33 +14,48 @@ template <class T, class A>
 POLYATTN_NOINLINE void outer_sum(const T* phi, std::ptrdiff_t stride, index_t features, Rows<T> z, index_t first, index_t count, index_t columns, T* to, NextRows<T> next = {},
                                  NextRows<T> also = {}) {
     using K = Tiling<T, A>;
-    for (NextRows<T>* fetched : {&next, &also}) fetched->spread(tile_count<T, A>(features, columns));
+    for (NextRows<T>* fetched : {&next, &also}) fetched->spread(tile_count<T, A>(features, columns), count / 4);
     for_column_panels<K::columns, K::lanes>(columns, [&](auto width, index_t column) POLYATTN_INLINE_LAMBDA {
         for_each_key_tile<K::rows>(features, [&](auto height, index_t f) POLYATTN_INLINE_LAMBDA {
-            next.step();
-            also.step();
-            weighted_sum_tile<height, width, T, A>(phi + f, z.row(first) + column, z.stride, count, to + offset_t{f} * columns + column, columns, true, stride);
+            weighted_sum_tile<height, width, T, A>(phi + f, z.row(first) + column, z.stride, count, to + offset_t{f} * columns + column, columns, true, stride, next.next_run(to), also.next_run(to));
         });
     });
 }
 
-/// out[r][columns] (+)= sum over t of a[r][t] x[t][columns], where t <= r if `lower`, else r <= t < inner. Entries of a on the other side are zeros;
-/// they meet no x if `careful`.
+/// A factor of a product as it is stored, and what it meets: rows of a, [..][inner], and x [inner][columns].
+template <class T>
+struct ProductTerm {
+    const T* a;
+    std::ptrdiff_t a_stride;
+    index_t inner;
+    const T* x;
+    std::ptrdiff_t x_stride;
+};
+
+/// out[rows][columns] = factors[row] (weights[row] start + whole.a whole.x + triangle.a triangle.x); null: factors and weights are 1, start is 0. The triangle's
+/// entries right of the diagonal if `lower`, else left of it, are zeros; they meet no x if `careful`.
 template <bool lower, class T, class A>
-POLYATTN_NOINLINE void triangle_product(const T* a, std::ptrdiff_t a_stride, index_t rows, index_t inner, Rows<T> x, index_t first, index_t columns, T* out, std::ptrdiff_t out_stride,
-                                        bool add, bool careful) {
+POLYATTN_NOINLINE void causal_product(const ProductTerm<T>& triangle, const ProductTerm<T>& whole, index_t rows, index_t columns, const T* start, const T* weights, const T* factors, T* out,
+                                      std::ptrdiff_t out_stride, bool careful, NextRows<T> next = {}, NextRows<T> also = {}) {
     using V = Vec<T, A>;
     using K = Tiling<T, A>;
+    for (NextRows<T>* fetched : {&next, &also}) fetched->spread(tile_count<T, A>(rows, columns), whole.inner / 4);
     for_column_panels<K::columns, K::lanes>(columns, [&](auto width, index_t column) POLYATTN_INLINE_LAMBDA {
         const auto tile = [&](auto height, index_t row) POLYATTN_INLINE_LAMBDA {
             constexpr int M = height, N = width;
-            const index_t from = lower ? 0 : std::min(row, inner), to = lower ? std::min<index_t>(row + M, inner) : inner;
+            const index_t from = lower ? 0 : std::min(row, triangle.inner), to = lower ? std::min<index_t>(row + M, triangle.inner) : triangle.inner;
             V acc[M * N];
-            T* const at = out + row * out_stride + column;
-            if (add) expand<M * N>([&]<int... I>(Ints<I...>) POLYATTN_INLINE_LAMBDA { ((acc[I] = V::load_unaligned(at + I / N * out_stride + I % N * K::lanes)), ...); });
+            if (start)
+                expand<M * N>([&]<int... I>(Ints<I...>) POLYATTN_INLINE_LAMBDA {
+                    ((acc[I] = V(weights ? weights[row + I / N] : T(1)) * V::load_unaligned(start + column + I % N * K::lanes)), ...);
+                });
             else expand<M * N>([&]<int... I>(Ints<I...>) POLYATTN_INLINE_LAMBDA { ((acc[I] = V(T(0))), ...); });
-            row_sum_tile<M, N, T, A>(acc, a + row * a_stride + from, a_stride, x.row(first + from) + column, x.stride, to - from);
-            expand<M * N>([&]<int... I>(Ints<I...>) POLYATTN_INLINE_LAMBDA { (acc[I].store_unaligned(at + I / N * out_stride + I % N * K::lanes), ...); });
+            row_sum_tile<M, N, T, A>(acc, triangle.a + row * triangle.a_stride + from, triangle.a_stride, triangle.x + from * triangle.x_stride + column, triangle.x_stride, to - from);
+            row_sum_tile<M, N, T, A>(acc, whole.a + row * whole.a_stride, whole.a_stride, whole.x + column, whole.x_stride, whole.inner, next.next_run(whole.x), also.next_run(whole.x));
+            T* const at = out + row * out_stride + column;
+            expand<M * N>([&]<int... I>(Ints<I...>) POLYATTN_INLINE_LAMBDA {
+                ((factors ? acc[I] * V(factors[row + I / N]) : acc[I]).store_unaligned(at + I / N * out_stride + I % N * K::lanes), ...);
+            });
         };
         if (careful)
             for (index_t row = 0; row < rows; ++row) tile(std::integral_constant<int, 1>{}, row);
@@ -84,6 +99,24 @@ void row_dots(const T* rows, std::ptrdiff_t stride, index_t count, const T* x, i
     for (; i < count; ++i) dots[i] = dot<T, A>(rows + i * stride, x, columns);
 }
 
+/// sums[i] += the sum of rows[i], whole vectors.
+template <class T, class A>
+void row_sums(const T* rows, std::ptrdiff_t stride, index_t count, index_t columns, T* sums) {
+    using V = Vec<T, A>;
+    constexpr int width = lanes<T, A>;
+    for (index_t first = 0; first < count; first += width) {
+        const index_t there = std::min<index_t>(width, count - first);
+        PerLane<T, A> rows_sums;
+        for (index_t i = 0; i < width; ++i) {
+            rows_sums[i] = V(T(0));
+            for (index_t c = 0; i < there && c < columns; c += width) rows_sums[i] = rows_sums[i] + V::load_aligned(rows + (first + i) * stride + c);
+        }
+        alignas(64) T added[width];
+        lane_sums<T, A>(rows_sums).store_aligned(added);
+        for (index_t i = 0; i < there; ++i) sums[first + i] += added[i];
+    }
+}
+
 /// Rows of a triangle of causal kernel attention.
 inline constexpr index_t causal_block = 32;
 
@@ -107,7 +140,7 @@ public:
             Scratch& scratch = scratch_[static_cast<std::size_t>(w)];
             for (T** rows : {&scratch.phi, &scratch.other, &scratch.d_phi, &scratch.rows}) *rows = arena.take<T>(offset_t{block} * widest()).data();
             scratch.triangle = arena.take<T>(offset_t{causal_block} * causal_block).data();
-            scratch.numbers = arena.take<T>(block).data();
+            for (T** numbers : {&scratch.numbers, &scratch.factors}) *numbers = arena.take<T>(block).data();
         }
         inverse_ = workers[0].template take<T>(head.q.rows);
         sums_ = workers[0].template take<T>(f_).data();
@@ -156,7 +189,7 @@ public:
 
 protected:
     struct Scratch {
-        T *phi, *other, *d_phi, *rows, *triangle, *numbers;
+        T *phi, *other, *d_phi, *rows, *triangle, *numbers, *factors;
     };
     const Scratch& scratch_of(int worker) const { return scratch_[static_cast<std::size_t>(worker)]; }
     index_t widest() const { return std::max({f_, columns_, padded(head_.q.cols, width)}); }
@@ -243,12 +276,13 @@ protected:
     }
     static NextRows<T> next_rows(Rows<T> rows, Bounds next, index_t columns) { return {rows.row(next.begin), rows.stride, next.size(), columns}; }
     static Bounds behind(index_t first, index_t length, index_t most = block) { return {first, first + std::clamp(length - first, index_t{0}, most)}; }
-    static void add_rows(const T* rows, index_t columns, index_t count, T* to) {
+    /// to += the sum of rows, times `weights`; null: 1.
+    static void add_rows(const T* rows, index_t columns, index_t count, T* to, const T* weights = nullptr) {
         for_column_panels<4, width>(columns, [&](auto vectors, index_t column) POLYATTN_INLINE_LAMBDA {
             V sums[vectors];
             expand<vectors>([&]<int... I>(Ints<I...>) POLYATTN_INLINE_LAMBDA { ((sums[I] = V::load_unaligned(to + column + I * width)), ...); });
             for (index_t i = 0; i < count; ++i)
-                expand<vectors>([&]<int... I>(Ints<I...>) POLYATTN_INLINE_LAMBDA { ((sums[I] = sums[I] + V::load_aligned(rows + offset_t{i} * columns + column + I * width)), ...); });
+                expand<vectors>([&]<int... I>(Ints<I...>) POLYATTN_INLINE_LAMBDA { ((sums[I] = multiply_add(V(weights ? weights[i] : T(1)), V::load_aligned(rows + offset_t{i} * columns + column + I * width), sums[I])), ...); });
             expand<vectors>([&]<int... I>(Ints<I...>) POLYATTN_INLINE_LAMBDA { (sums[I].store_unaligned(to + column + I * width), ...); });
         });
     }
@@ -269,10 +303,14 @@ protected:
     }
     /// triangle[a][b] = rows_a[a] . rows_b[b], zero where b > a if `lower`, else where b < a. `turned` takes rows_b transposed.
     template <bool lower>
-    void make_triangle(const T* a, index_t count_a, const T* b, std::ptrdiff_t b_stride, index_t count_b, index_t inner, std::ptrdiff_t a_stride, T* turned, T* triangle) const {
-        std::fill_n(turned, offset_t{inner} * causal_block, T(0));
+    static void make_triangle(const T* a, index_t count_a, const T* b, std::ptrdiff_t b_stride, index_t count_b, index_t inner, std::ptrdiff_t a_stride, T* turned, T* triangle) {
+        if (count_b < causal_block) std::fill_n(turned, offset_t{inner} * causal_block, T(0));
         transpose_rows<T, A>(b, b_stride, count_b, inner, turned, causal_block);
-        row_product<T, A>(a, a_stride, count_a, inner, turned, causal_block, causal_block, triangle, causal_block, nullptr, false);
+        for (index_t row = 0; row < count_a; row += width) {  // leaves out vectors that are all zeros
+            const index_t from = lower ? 0 : row, to = lower ? std::min<index_t>(row + width, causal_block) : causal_block;
+            row_product<T, A>(a + row * a_stride, a_stride, std::min<index_t>(width, count_a - row), inner, turned + from, causal_block, to - from, triangle + row * causal_block + from,
+                              causal_block, nullptr, false);
+        }
         for (index_t i = 0; i < count_a; ++i)
             if constexpr (lower) std::fill(triangle + i * causal_block + std::min(i + 1, causal_block), triangle + (i + 1) * causal_block, T(0));
             else std::fill(triangle + i * causal_block, triangle + i * causal_block + i, T(0));
@@ -295,26 +333,25 @@ protected:
             const index_t count = std::min(causal_block, head_.k.rows - first), query = first - offset();
             features_.template forward<true>(q_, query, queries, scratch.phi);
             features_.template forward<false>(k_, first, keys, scratch.other);
-            for (index_t i = 0; i < std::max(keys, queries); ++i) {
-                if (i < keys) add_rows(scratch.other + offset_t{i} * f_, f_, 1, sums_);
-                if (i < queries) set_inverse(query + i, dot<T, A>(scratch.phi + offset_t{i} * f_, sums_, f_), std::min(first + i + 1, head_.key_length));
-            }
+            make_triangle<true>(scratch.phi, queries, scratch.other, f_, keys, features, f_, turned, scratch.triangle);
+            row_dots<T, A>(scratch.phi, f_, queries, sums_, f_, scratch.numbers);
+            row_sums<T, A>(scratch.triangle, causal_block, queries, causal_block, scratch.numbers);
+            bool plain = set_inverses(query, queries, static_cast<T>(hop.walk), scratch.numbers);
             for (index_t i = queries; i < count; ++i) set_inverse(query + i, T(0), 0);
-            for (index_t i = 0; i < queries; ++i) scratch.numbers[i] = static_cast<T>(hop.walk) * factor(query + i);
             T* const to = out + query * out_stride;
             const index_t next = first + count, next_query = query + count;
-            row_product<T, A>(scratch.phi, f_, queries, features, state, columns_, columns_, to, out_stride, nullptr, false, next_rows(q_, next_query, head_.query_length, head_.q.cols, causal_block),
-                              next_rows({out, out_stride}, next_query, head_.query_length, columns_, causal_block));
-            make_triangle<true>(scratch.phi, queries, scratch.other, f_, keys, features, f_, turned, scratch.triangle);
-            triangle_product<true, T, A>(scratch.triangle, causal_block, queries, keys, z, first, columns_, to, out_stride, true, hides_non_finite(z.row(first), z.stride, keys, columns_));
-            for (index_t i = 0; i < queries; ++i) scale_row<T, A>(to + i * out_stride, scratch.numbers[i], columns_, to + i * out_stride);
-            for (index_t i = 0; i < count; ++i) {
+            causal_product<true, T, A>({scratch.triangle, causal_block, keys, z.row(first), z.stride}, {scratch.phi, f_, features, state, columns_}, queries, columns_, nullptr, nullptr,
+                                       scratch.numbers, to, out_stride, hides_non_finite(z.row(first), z.stride, keys, columns_),
+                                       next_rows(q_, next_query, head_.query_length, head_.q.cols, causal_block), next_rows({out, out_stride}, next_query, head_.query_length, columns_, causal_block));
+            plain &= queries == count && hop.teleport == 0 && head_.zero != ZeroRow::mean;
+            for (index_t i = 0; !plain && i < count; ++i) {
                 if (head_.zero == ZeroRow::mean && i < keys) {
                     add_scaled<T, A>(T(1), z.row(first + i), columns_, total);
                     if (i < queries && is_mean(query + i)) scale_row<T, A>(total, 1 / static_cast<T>(first + i + 1), columns_, mean);
                 } else if (i < queries && is_mean(query + i)) scale_row<T, A>(total, 1 / static_cast<T>(head_.key_length), columns_, mean);
                 finish_row(query + i, mean, v, hop, to + i * out_stride);
             }
+            add_rows(scratch.other, f_, keys, sums_);
             outer_sum<T, A>(scratch.other, f_, features, z, first, keys, columns_, state, next_rows(k_, next, head_.key_length, head_.k.cols, causal_block),
                             next_rows(z, next, head_.key_length, columns_, causal_block));
         });

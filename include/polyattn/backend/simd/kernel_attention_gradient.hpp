@@ -26,6 +26,8 @@ public:
 
     /// One hop: what apply_transposed() does is part of weights_gradient().
     bool shares_passes() const { return !head_.causal; }
+    /// Of one hop without teleport: weights_gradient() is called without row_means.
+    bool makes_row_means() const { return !head_.causal; }
     bool is_alive(index_t i) const { return !is_empty_row(inverse_[static_cast<std::size_t>(i)]); }
 
     /// out = A^T g, [keys][columns]. Called for the last hop first.
@@ -63,28 +65,23 @@ public:
         T* const d_sums = workers_[0].template take<T>(f_ + (out ? columns_ + state_size() : 0)).data();  // and of the only hop the mean rows' share, and dS
         sum_in_chunks(queries, f_ + (out ? columns_ + state_size() : 0), d_sums, nullptr, 0, [&](index_t first, index_t count, const Scratch& scratch, T* part) {
             features_.template forward<true>(q_, first, count, scratch.phi);
+            for (index_t i = 0; i < count; ++i) scratch.factors[i] = Base::factor(first + i);
+            if (!row_means.empty())
+                for (index_t i = 0; i < count; ++i) scratch.numbers[i] = -row_means[static_cast<std::size_t>(first + i)] * scratch.factors[i];
             for (offset_t k = 0; k < count_terms; ++k) {
                 const Rows<T> g = terms[static_cast<std::size_t>(k)].g;
-                row_product<T, A>(g.row(first), g.stride, count, inner, turned + k * columns_ * f_, f_, f_, scratch.d_phi, f_, nullptr, k > 0,
-                                  Base::next_rows(g, first + count, queries, columns_), k == 0 ? next_rows(gradient.d_q, Base::behind(first + count, queries)) : NextRows<T>());
+                scale_gradients(g, first, count, scratch.factors, row_means.empty() ? gradient.hops + offset_t{first} * inner : nullptr, scratch.other, scratch.numbers);
+                const NextRows<T> ahead = Base::next_rows(g, first + count, queries, columns_);
+                if (k + 1 < count_terms) row_product<T, A>(scratch.other, columns_, count, inner, turned + k * columns_ * f_, f_, f_, scratch.d_phi, f_, nullptr, k > 0, ahead);
+                else product_through_features(scratch.other, columns_, count, turned + k * columns_ * f_, scratch.numbers, sums, k > 0, q_, first, scratch, gradient.d_q, false, ahead,
+                                              next_rows(gradient.d_q, Base::behind(first + count, queries)));
             }
-            for (index_t i = 0; i < count; ++i) {
-                const T factor = Base::factor(first + i), mean = row_means[static_cast<std::size_t>(first + i)];
-                T *const phi = scratch.phi + offset_t{i} * f_, *const d_phi = scratch.d_phi + offset_t{i} * f_;
-                if (factor == 0) {
-                    std::fill_n(d_phi, f_, T(0));
-                    continue;
-                }
-                for (index_t c = 0; c < f_; c += width) {
-                    (V(factor) * multiply_add(V(-mean), V::load_unaligned(sums + c), V::load_aligned(d_phi + c))).store_aligned(d_phi + c);
-                    multiply_add(V(-mean * factor), V::load_aligned(phi + c), V::load_unaligned(part + c)).store_unaligned(part + c);
-                }
-            }
-            features_.backward(q_, first, count, scratch.phi, scratch.d_phi, scratch.rows, gradient.d_q, false);
+            Base::add_rows(scratch.phi, f_, count, part, scratch.numbers);
+            for (index_t i = 0; i < count; ++i)
+                if (scratch.factors[i] == 0) fill_with_zeros(row_range(gradient.d_q, first + i, first + i + 1));
             if (!out) return;
-            scale_queries(first, count, scratch.phi);
-            outer_sum<T, A>(scratch.phi, f_, features, terms[0].g, first, count, columns_, part + f_ + columns_,
-                            Base::next_rows(q_, first + count, queries, head_.q.cols));
+            outer_sum<T, A>(scratch.phi, f_, features, Rows<T>{scratch.other, columns_}, 0, count, columns_, part + f_ + columns_, Base::next_rows(q_, first + count, queries, head_.q.cols),
+                            row_means.empty() ? Base::next_rows({gradient.hops, inner}, first + count, queries, inner) : NextRows<T>());
             add_means(terms[0].g, first, count, part + f_);
         });
         const T* const d_states = out ? d_sums + f_ + columns_ : d_states_;
@@ -93,9 +90,15 @@ public:
             const Scratch& scratch = Base::scratch_of(worker);
             const auto first = static_cast<index_t>(unit) * block, count = std::min(block, head_.k.rows - first), valid = std::clamp(head_.key_length - first, index_t{0}, count);
             features_.template forward<false>(k_, first, valid, scratch.phi);
-            d_features_of_keys(terms, first, valid, turned, d_sums, scratch.d_phi, gradient.d_k, Base::behind(first + valid, keys));
             if (out) store_keys(first, valid, count, scratch.phi, d_states, d_sums + f_, out);
-            features_.backward(k_, first, valid, scratch.phi, scratch.d_phi, scratch.rows, gradient.d_k, gradient.adds_to_keys);
+            const Bounds next = Base::behind(first + valid, keys);
+            for (offset_t k = 0; k < count_terms; ++k) {
+                const Rows<T> z = terms[static_cast<std::size_t>(k)].z;
+                const NextRows<T> ahead = Base::next_rows(z, next, columns_);
+                if (k + 1 < count_terms) row_product<T, A>(z.row(first), z.stride, valid, inner, turned + k * columns_ * f_, f_, f_, scratch.d_phi, f_, nullptr, k > 0, ahead);
+                else product_through_features(z.row(first), z.stride, valid, turned + k * columns_ * f_, nullptr, d_sums, k > 0, k_, first, scratch, gradient.d_k, gradient.adds_to_keys, ahead,
+                                              next_rows(gradient.d_k, next));
+            }
         });
     }
 
@@ -152,19 +155,43 @@ private:
             else scale_row<T, A>(row, factor, f_, row);
         }
     }
+    /// to[count][columns_] = factors[i] g[first + i], zeros for a factor of 0; with the rows of `out`, means[i] = -factors[i] (g . out)[i].
+    void scale_gradients(Rows<T> g, index_t first, index_t count, const T* factors, const T* out, T* to, T* means) const {
+        const index_t inner = head_.v.cols;
+        for (index_t i = 0; i < count; ++i) {
+            T* const row = to + offset_t{i} * columns_;
+            if (factors[i] == 0) std::fill_n(row, columns_, T(0));
+            else scale_row<T, A>(g.row(first + i), factors[i], columns_, row);
+            if (out) means[i] = factors[i] == 0 ? T(0) : -dot<T, A>(row, out + offset_t{i} * inner, inner);
+        }
+    }
+    /// d_x of some rows: weights[i] start + a x, and scratch.d_phi if `add`, through the features, which scratch.phi has. Null weights: 1.
+    POLYATTN_NOINLINE void product_through_features(const T* a, std::ptrdiff_t a_stride, index_t count, const T* x, const T* weights, const T* start, bool add, Rows<T> rows, index_t first,
+                                                    const Scratch& scratch, MatrixView<T> d_x, bool adds, NextRows<T> next, NextRows<T> also) const {
+        if (count == 0) return;
+        constexpr bool entries = !decltype(features_)::random;
+        // Straight to d_x where whole vectors can be.
+        const bool direct = entries && !adds && d_x.col_stride == 1 && f_ == head_.q.cols;
+        T* const to = direct ? &d_x(first, 0) : scratch.d_phi;
+        const std::ptrdiff_t stride = direct ? d_x.row_stride : f_;
+        product_tiles<T, A>(a, a_stride, count, head_.v.cols, x, f_, f_,
+                            [&](index_t i, index_t c) POLYATTN_INLINE_LAMBDA {
+                                return multiply_add(V(weights ? weights[i] : T(1)), V::load_unaligned(start + c), add ? V::load_aligned(scratch.d_phi + offset_t{i} * f_ + c) : V(T(0)));
+                            },
+                            [&](index_t i, index_t c, V sums) POLYATTN_INLINE_LAMBDA {
+                                if constexpr (entries) sums = features_.through(rows.row(first + i), c, scratch.phi + offset_t{i} * f_, sums);
+                                sums.store_unaligned(to + i * stride + c);
+                            }, next, also);
+        if constexpr (entries) {
+            if (!direct)
+                for (index_t i = 0; i < count; ++i) store_row<A>(d_x, first + i, to + i * stride, adds);
+        } else features_.backward(rows, first, count, scratch.phi, scratch.d_phi, scratch.rows, d_x, adds);
+    }
     /// out rows = phi(k) d_state. `next`: the keys that come next.
     void keys_times(const T* phi, index_t first, index_t count, const T* d_state, T* out, Bounds next) const {
         row_product<T, A>(phi, f_, count, features_.count(), d_state, columns_, columns_, out + offset_t{first} * columns_, columns_, nullptr, false,
                           Base::next_rows(k_, next, head_.k.cols), Base::next_rows({out, columns_}, next, columns_));
     }
-    /// d_phi rows = d_sums + sum_k Z_k dS_k^T.
-    void d_features_of_keys(std::span<const WeightGradientTerm<T>> terms, index_t first, index_t count, const T* turned, const T* d_sums, T* d_phi, MatrixView<T> d_k, Bounds next) const {
-        for (index_t j = 0; j < count; ++j) std::copy_n(d_sums, f_, d_phi + offset_t{j} * f_);
-        for (std::size_t k = 0; k < terms.size(); ++k)
-            row_product<T, A>(terms[k].z.row(first), terms[k].z.stride, count, head_.v.cols, turned + static_cast<offset_t>(k) * columns_ * f_, f_, f_, d_phi, f_, nullptr, true,
-                              Base::next_rows(terms[k].z, next, columns_), k == 0 ? next_rows(d_k, next) : NextRows<T>());
-    }
-
     void scan_back(Rows<T> g, T* out) {
         const Scratch& scratch = scratch_[0];
         const Arena::Mark mark = workers_[0].mark();
@@ -173,10 +200,10 @@ private:
             const index_t query = first - Base::offset(), count = std::min(causal_block, head_.k.rows - first);
             scaled_queries(query, queries, scratch.phi);
             features_.template forward<false>(k_, first, keys, scratch.other);
-            keys_times(scratch.other, first, keys, d_state, out, block_before(first));
             Base::template make_triangle<false>(scratch.other, keys, scratch.phi, f_, queries, features_.count(), f_, turned, scratch.triangle);
-            triangle_product<false, T, A>(scratch.triangle, causal_block, keys, queries, g, query, columns_, out + offset_t{first} * columns_, columns_, true,
-                                          Base::hides_non_finite(g.row(query), g.stride, queries, columns_));
+            causal_product<false, T, A>({scratch.triangle, causal_block, queries, g.row(query), g.stride}, {scratch.other, f_, features_.count(), d_state, columns_}, keys, columns_, nullptr,
+                                        nullptr, nullptr, out + offset_t{first} * columns_, columns_, Base::hides_non_finite(g.row(query), g.stride, queries, columns_),
+                                        Base::next_rows(k_, block_before(first), head_.k.cols), Base::next_rows({out, columns_}, block_before(first), columns_));
             if (head_.zero == ZeroRow::mean)
                 for (index_t i = count; i-- > 0;) {
                     if (i < queries && Base::is_mean(query + i)) add_scaled<T, A>(1 / static_cast<T>(std::min(first + i + 1, head_.key_length)), g.row(query + i), columns_, total);
@@ -219,12 +246,18 @@ private:
                 Base::template make_triangle<lower>(a.row(lower ? query : key), lower ? queries : keys, b.row(lower ? key : query), b.stride, lower ? keys : queries, inner, a.stride, turned, to);
                 if (k > 0) add_scaled<T, A>(T(1), more, causal_block * causal_block, scratch.triangle);
             }
-            for (index_t i = 0; i < queries; ++i) {
-                const bool ignored = Base::factor(query + i) == 0;
-                for (index_t j = 0; j < std::min(i + 1, keys); ++j) {
-                    T& entry = scratch.triangle[lower ? i * causal_block + j : j * causal_block + i];
-                    entry = ignored ? T(0) : entry - row_means[static_cast<std::size_t>(query + i)];
+            const index_t rows = lower ? queries : keys;
+            for (index_t r = 0; r < rows; ++r)
+                for (index_t c = lower ? 0 : r; c < (lower ? std::min(r + 1, keys) : queries); ++c) {
+                    T& entry = scratch.triangle[r * causal_block + c];
+                    const index_t i = lower ? r : c;
+                    entry = scratch.factors[i] == 0 ? T(0) : entry + scratch.numbers[i];
                 }
+        };
+        const auto load_numbers = [&](index_t query, index_t queries) {
+            for (index_t i = 0; i < queries; ++i) {
+                scratch.factors[i] = Base::factor(query + i);
+                scratch.numbers[i] = -row_means[static_cast<std::size_t>(query + i)];
             }
         };
         for (index_t j = 0; j < prefix; j += block) {
@@ -238,18 +271,15 @@ private:
             const Bounds next = Base::behind(query + queries, head_.query_length, causal_block);
             features_.template forward<true>(q_, query, queries, scratch.phi);
             features_.template forward<false>(k_, first, keys, scratch.other);
+            load_numbers(query, queries);
             d_pairs(std::true_type{}, query, queries, first, keys);
-            for (index_t i = 0; i < queries; ++i) scale_row<T, A>(sums, -row_means[static_cast<std::size_t>(query + i)], f_, scratch.d_phi + offset_t{i} * f_);
-            for (std::size_t k = 0; k < terms.size(); ++k)
-                row_product<T, A>(terms[k].g.row(query), terms[k].g.stride, queries, inner, states + static_cast<offset_t>(k) * size, f_, f_, scratch.d_phi, f_, nullptr, true,
-                                  Base::next_rows(terms[k].g, next, columns_), k == 0 ? next_rows(gradient.d_q, next) : NextRows<T>());
-            triangle_product<true, T, A>(scratch.triangle, causal_block, queries, keys, Rows<T>{scratch.other, f_}, 0, f_, scratch.d_phi, f_, true,
-                                         Base::hides_non_finite(scratch.other, f_, keys, f_));
-            for (index_t i = 0; i < queries; ++i) {
-                T* const row = scratch.d_phi + offset_t{i} * f_;
-                if (const T factor = Base::factor(query + i); factor == 0) std::fill_n(row, f_, T(0));
-                else scale_row<T, A>(row, factor, f_, row);
-            }
+            const auto whole = [&](std::size_t k) { return ProductTerm<T>{terms[k].g.row(query), terms[k].g.stride, inner, states + static_cast<offset_t>(k) * size, f_}; };
+            causal_product<true, T, A>({scratch.triangle, causal_block, keys, scratch.other, f_}, whole(0), queries, f_, sums, scratch.numbers, terms.size() == 1 ? scratch.factors : nullptr,
+                                       scratch.d_phi, f_, Base::hides_non_finite(scratch.other, f_, keys, f_), Base::next_rows(terms[0].g, next, columns_), next_rows(gradient.d_q, next));
+            add_terms(terms, whole, queries, scratch.d_phi);
+            for (index_t i = 0; i < queries; ++i)
+                if (T* const row = scratch.d_phi + offset_t{i} * f_; scratch.factors[i] == 0) std::fill_n(row, f_, T(0));
+                else if (terms.size() > 1) scale_row<T, A>(row, scratch.factors[i], f_, row);
             features_.backward(q_, query, queries, scratch.phi, scratch.d_phi, scratch.rows, gradient.d_q, false);
             add_block(scratch.other, first, keys, [](const WeightGradientTerm<T>& term) { return term.z; });
             Base::add_rows(scratch.other, f_, keys, sums);
@@ -260,19 +290,33 @@ private:
             const index_t query = first - Base::offset();
             scaled_queries(query, queries, scratch.phi);
             features_.template forward<false>(k_, first, keys, scratch.other);
-            d_features_of_keys(terms, first, keys, states, sums, scratch.d_phi, gradient.d_k, block_before(first));
+            load_numbers(query, queries);
             d_pairs(std::false_type{}, query, queries, first, keys);
-            triangle_product<false, T, A>(scratch.triangle, causal_block, keys, queries, Rows<T>{scratch.phi, f_}, 0, f_, scratch.d_phi, f_, true,
-                                          Base::hides_non_finite(scratch.phi, f_, queries, f_));
+            const auto whole = [&](std::size_t k) { return ProductTerm<T>{terms[k].z.row(first), terms[k].z.stride, inner, states + static_cast<offset_t>(k) * size, f_}; };
+            causal_product<false, T, A>({scratch.triangle, causal_block, queries, scratch.phi, f_}, whole(0), keys, f_, sums, nullptr, nullptr, scratch.d_phi, f_,
+                                        Base::hides_non_finite(scratch.phi, f_, queries, f_), Base::next_rows(terms[0].z, block_before(first), columns_), next_rows(gradient.d_k, block_before(first)));
+            add_terms(terms, whole, keys, scratch.d_phi);
             features_.backward(k_, first, keys, scratch.other, scratch.d_phi, scratch.rows, gradient.d_k, gradient.adds_to_keys);
             add_block(scratch.phi, query, queries, [](const WeightGradientTerm<T>& term) { return term.g; });
-            for (index_t i = 0; i < queries; ++i) add_scaled<T, A>(-row_means[static_cast<std::size_t>(query + i)], scratch.phi + offset_t{i} * f_, f_, sums);
+            Base::add_rows(scratch.phi, f_, queries, sums, scratch.numbers);
         }, true);
         for (index_t j = 0; j < prefix; j += block) {
             const index_t count = std::min(block, prefix - j);
             features_.template forward<false>(k_, j, count, scratch.phi);
-            d_features_of_keys(terms, j, count, states, sums, scratch.d_phi, gradient.d_k, Base::behind(j + count, prefix));
+            for (index_t i = 0; i < count; ++i) std::copy_n(sums, f_, scratch.d_phi + offset_t{i} * f_);
+            for (std::size_t k = 0; k < terms.size(); ++k)
+                row_product<T, A>(terms[k].z.row(j), terms[k].z.stride, count, inner, states + static_cast<offset_t>(k) * size, f_, f_, scratch.d_phi, f_, nullptr, true,
+                                  Base::next_rows(terms[k].z, Base::behind(j + count, prefix), columns_));
             features_.backward(k_, j, count, scratch.phi, scratch.d_phi, scratch.rows, gradient.d_k, gradient.adds_to_keys);
+        }
+    }
+
+    /// d_phi += the products of all hops but the first.
+    template <class Term>
+    void add_terms(std::span<const WeightGradientTerm<T>> terms, Term&& term, index_t rows, T* d_phi) const {
+        for (std::size_t k = 1; k < terms.size(); ++k) {
+            const ProductTerm<T> more = term(k);
+            row_product<T, A>(more.a, more.a_stride, rows, more.inner, more.x, more.x_stride, f_, d_phi, f_, nullptr, true);
         }
     }
 

@@ -128,6 +128,7 @@ public:
     }
 
     /// The dense part of A^T needs the weights only, so it can share its pass with the gradient of the weights.
+    bool makes_row_means() const { return false; }
     bool shares_passes() const { return !stored_ && !head_.dropout.drops_weights(); }
 
     /// out [keys][columns] = A^T x; rows of x without keys must be 0.

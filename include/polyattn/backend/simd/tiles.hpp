@@ -57,40 +57,52 @@ POLYATTN_ALWAYS_INLINE void score_tile(TileScores<T, A, M, G>& acc, const T* key
     }
 }
 
+/// Calls step(0), .., step(count - 1), four a round, and fetch() of each of `runs` once a round.
+template <class Step, class... Runs>
+POLYATTN_ALWAYS_INLINE void in_steps(index_t count, Step&& step, Runs&... runs) {
+    index_t t = 0;
+    if constexpr (sizeof...(Runs) > 0)
+        for (; t + 4 <= count; t += 4) {
+            (runs.fetch(), ...);
+            unroll<4>([&](auto i) POLYATTN_INLINE_LAMBDA { step(t + i); });
+        }
+    POLYATTN_UNROLL_4
+    for (; t < count; ++t) step(t);
+}
+
 /// out[row][columns] (+)= sum over keys of weights[key][row] * x[key][columns], M rows x N vectors. Weights of attention lie 16 queries a key.
-template <int M, int N, class T, class A>
+/// Beside them a line of each of `runs` is fetched every four keys.
+template <int M, int N, class T, class A, class... Runs>
 POLYATTN_ALWAYS_INLINE void weighted_sum_tile(const T* weights, const T* x, std::ptrdiff_t x_stride, index_t keys, T* out,
-                                              std::ptrdiff_t out_stride, bool add, std::ptrdiff_t weight_stride = group_size) {
+                                              std::ptrdiff_t out_stride, bool add, std::ptrdiff_t weight_stride = group_size, Runs... runs) {
     using V = Vec<T, A>;
     constexpr int lanes = Tiling<T, A>::lanes;
     V acc[M * N];
     if (add) expand<M * N>([&]<int... I>(Ints<I...>) POLYATTN_INLINE_LAMBDA { ((acc[I] = V::load_unaligned(out + I / N * out_stride + I % N * lanes)), ...); });
     else expand<M * N>([&]<int... I>(Ints<I...>) POLYATTN_INLINE_LAMBDA { ((acc[I] = V(T(0))), ...); });
-    POLYATTN_UNROLL_4
-    for (index_t key = 0; key < keys; ++key) {
+    in_steps(keys, [&](index_t) POLYATTN_INLINE_LAMBDA {
         V row[N];
         expand<N>([&]<int... I>(Ints<I...>) POLYATTN_INLINE_LAMBDA { ((row[I] = in_register<T, A>(V::load_unaligned(x + I * lanes))), ...); });
         expand<M * N>([&]<int... I>(Ints<I...>) POLYATTN_INLINE_LAMBDA { ((acc[I] = multiply_add(V(weights[I / N]), row[I % N], acc[I])), ...); });
         weights += weight_stride;
         x += x_stride;
-    }
+    }, runs...);
     expand<M * N>([&]<int... I>(Ints<I...>) POLYATTN_INLINE_LAMBDA { (acc[I].store_unaligned(out + I / N * out_stride + I % N * lanes), ...); });
 }
 
-/// acc[row][columns] += sum over t of a[row][t] * x[t][columns], M rows as they are stored x N vectors.
-template <int M, int N, class T, class A>
-POLYATTN_ALWAYS_INLINE void row_sum_tile(Vec<T, A> (&acc)[M * N], const T* a, std::ptrdiff_t a_stride, const T* x, std::ptrdiff_t x_stride, index_t inner) {
+/// acc[row][columns] += sum over t of a[row][t] * x[t][columns], M rows as they are stored x N vectors, and a line of each of `runs` every four t.
+template <int M, int N, class T, class A, class... Runs>
+POLYATTN_ALWAYS_INLINE void row_sum_tile(Vec<T, A> (&acc)[M * N], const T* a, std::ptrdiff_t a_stride, const T* x, std::ptrdiff_t x_stride, index_t inner, Runs... runs) {
     using V = Vec<T, A>;
     constexpr int lanes = Tiling<T, A>::lanes;
     const T* const base[4] = {a, a + a_stride, a + 2 * a_stride, a + 3 * a_stride};
     const std::ptrdiff_t four = 4 * a_stride;
-    POLYATTN_UNROLL_4
-    for (index_t t = 0; t < inner; ++t) {
+    in_steps(inner, [&](index_t t) POLYATTN_INLINE_LAMBDA {
         V row[N];
         expand<N>([&]<int... I>(Ints<I...>) POLYATTN_INLINE_LAMBDA { ((row[I] = in_register<T, A>(V::load_unaligned(x + I * lanes))), ...); });
         expand<M * N>([&]<int... I>(Ints<I...>) POLYATTN_INLINE_LAMBDA { ((acc[I] = multiply_add(V(base[I / N % 4][I / N / 4 * four + t]), row[I % N], acc[I])), ...); });
         x += x_stride;
-    }
+    }, runs...);
 }
 
 /// The weights of one group that a transposed sum reads, and the rows that they multiply.
