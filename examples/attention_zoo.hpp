@@ -1,6 +1,7 @@
 #pragma once
 // The kinds of attention that examples and benchmarks compare in one and the same model.
 
+#include <polyattn/clustered_attention.hpp>
 #include <polyattn/models.hpp>
 #include <polyattn/nn/classifier.hpp>
 #include <polyattn/nystrom_attention.hpp>
@@ -67,4 +68,5 @@ void for_each_linear(const ZooSizes& s, F&& f) {
     f("Performer", Performer<>{});
     f("Linformer", Linformer<>{LinearProjection::drawn(s.tokens, s.landmarks)});
     f("Nystrom", NystromAttention({.landmarks = s.landmarks}));
+    f("clustered", ClusteredAttention({.clusters = s.landmarks, .top = s.landmarks}));
 }

@@ -1,5 +1,6 @@
 // Nystrom attention: the iteration's numbers, the definition by matrices, gradients, padding.
 #include "support/errors.hpp"
+#include "support/finite_differences.hpp"
 #include "support/random.hpp"
 
 #include <polyattn/models.hpp>
@@ -119,19 +120,11 @@ TEST_CASE("gradients by finite differences, padding") {
         const auto compare = [&](std::vector<double>& values, const std::vector<double>& got, const char* what, auto&& changed) {
             for (int s = 0; s < 8; ++s) {
                 const auto at = static_cast<std::size_t>(random.below(static_cast<index_t>(values.size())));
-                const double start = values[at];
-                const auto slope = [&](double step) {
-                    values[at] = start + step;
+                const double difference = derivative(values[at], [&] {
                     changed();
-                    const double up = loss();
-                    values[at] = start - step;
-                    changed();
-                    const double down = loss();
-                    values[at] = start;
-                    changed();
-                    return (up - down) / (2 * step);
-                };
-                const double h = 1e-5, difference = (4 * slope(h / 2) - slope(h)) / 3;
+                    return loss();
+                });
+                changed();
                 INFO(what, " entry ", at, " of ", n, " tokens");
                 CHECK(std::abs(difference - got[at]) < 1e-6 * (1 + std::abs(loss()) + std::abs(got[at])));
             }

@@ -57,6 +57,18 @@ inline void check_lengths(const std::vector<index_t>& lengths, index_t batch, in
     for (const index_t length : lengths) require(length >= 0 && length <= tokens, argument, [&] { return text("lengths from 0 to ", tokens); }, length);
 }
 
+/// Throws invalid_input unless queries and keys are the same tokens, with no plan.
+template <class T>
+void check_self_attention(const TensorView<const T>& q, const TensorView<const T>& k, const TensorView<const T>& v, const CallOptions& options) {
+    require(q.dim() >= 1, "q", "a head dimension >= 1", q.dim());
+    require(k.heads() > 0 && q.heads() % k.heads() == 0, "k", [&] { return text("a number of heads that divides q's ", q.heads()); }, k.heads());
+    require_shape(k, {q.extents[0], k.extents[1], q.extents[2], q.extents[3]}, q.rank, "k");
+    require_shape(v, {q.extents[0], k.extents[1], q.extents[2], v.extents[3]}, q.rank, "v");
+    check_lengths(options.key_lengths, q.batch(), q.tokens(), "key_lengths");
+    require(options.query_lengths.empty() || options.query_lengths == options.key_lengths, "query_lengths", "none, or the key_lengths", "others");
+    require(!options.plan && options.item_plans.empty(), "plan", "none", "one");
+}
+
 }  // namespace detail
 
 POLYATTN_END_NAMESPACE

@@ -1,21 +1,12 @@
 #pragma once
 
-#include <polyattn/attention.hpp>
 #include <polyattn/backend/simd/matrix_product.hpp>
+#include <polyattn/headwise_attention.hpp>
 #include <polyattn/policy/nystrom.hpp>
 
 POLYATTN_BEGIN_NAMESPACE
 
 namespace detail {
-
-template <class T>
-MatrixView<T> matrix_of(Tensor<T>& tensor) {
-    return tensor.view().head(0, 0);
-}
-template <class T>
-MatrixView<const T> matrix_of(const Tensor<T>& tensor) {
-    return tensor.view().head(0, 0);
-}
 
 /// Z of Z <- Z (13 I - A Z (15 I - A Z (7 I - A Z))) / 4, from A^T / (largest column sum x largest row sum), and its gradient. O(iterations m^3).
 /// Source: Razavi et al. (2014), as in Xiong et al., "Nystromformer" (2021), equation 11.
@@ -114,7 +105,7 @@ private:
 /// Attention<> a head; as many keys as queries. operator(), forward() and backward() take what those of Attention take, without plans, dropout
 /// and workspace; throws invalid_input. O(n m (d + e) + iterations m^3) a head.
 /// Source: Xiong et al., "Nystromformer" (2021), equations 8 to 14.
-class NystromAttention {
+class NystromAttention : public detail::HeadwiseAttention<NystromAttention> {
 public:
     explicit NystromAttention(Nystrom parameters = {}) : parameters_(std::move(parameters)) { parameters_.validate(); }
 
@@ -130,138 +121,55 @@ public:
         Tensor<T> a;
         detail::PseudoInverse<T> inverse;
     };
-    /// What backward needs.
-    template <class T>
-    class SavedOf : detail::MoveOnly {
-        friend class NystromAttention;
-        detail::SavedInputs<T> inputs_;
-        CallOptions options_;
-        std::vector<HeadSaved<T>> heads_;
-    };
-
-    template <class Q, class K, class V>
-    auto operator()(const Q& q, const K& k, const V& v, const CallOptions& options = {}) const {
-        return forward(q, k, v, options).out;
-    }
-    template <class Q, class K, class V>
-    auto forward(const Q& q, const K& k, const V& v, const CallOptions& options = {}) const {
-        using T = detail::element_t<Q>;
-        const detail::Adapted<T> aq(q, "q"), av(v, "v");
-        auto out = detail::make_result<Q, T>(detail::shape_like(aq.view(), {aq.view().tokens(), av.view().dim()}));
-        SavedOf<T> saved;
-        forward_into(detail::memory_of(out), saved, q, k, v, options);
-        return Forward<decltype(out), T, SavedOf<T>>{std::move(out), std::move(saved)};
-    }
-    template <class Out, class T, class Q, class K, class V>
-    void forward_into(Out&& out, SavedOf<T>& saved, const Q& q, const K& k, const V& v, const CallOptions& options = {}) const {
-        const detail::Adapted<T> aq(q, "q"), ak(k, "k"), av(v, "v");
-        saved.inputs_.template keep<Q, K, V>(aq.view(), ak.view(), av.view());
-        saved.options_ = options;
-        saved.options_.workspace = nullptr;
-        const TensorView<const T> vq = saved.inputs_.q(), vk = saved.inputs_.k(), vv = saved.inputs_.v();
-        const TensorView<T> to = detail::memory_view(out, "out");
-        detail::check_nystrom(parameters_, vq, vk, vv, options);
-        detail::require_shape(to, {vq.extents[0], vq.extents[1], vq.extents[2], vv.extents[3]}, vq.rank, "out");
-        const index_t heads = vq.heads(), group = heads / vk.heads(), n = vq.tokens();
-        saved.heads_.resize(static_cast<std::size_t>(offset_t{vq.batch()} * heads));
-        std::vector<Workspace> workspaces(static_cast<std::size_t>(worker_count()));
-        parallel_for(offset_t{vq.batch()} * heads, [&](offset_t item, int worker) {
-            const auto b = static_cast<index_t>(item / heads), h = static_cast<index_t>(item % heads);
-            const index_t valid = valid_tokens(options, b, n);
-            Workspace& workspace = workspaces[static_cast<std::size_t>(worker)];
-            HeadSaved<T>& head = saved.heads_[static_cast<std::size_t>(item)];
-            const MatrixView<const T> hq = detail::row_range(vq.head(b, h), 0, valid), hk = detail::row_range(vk.head(b, h / group), 0, valid), hv = detail::row_range(vv.head(b, h / group), 0, valid);
-            const MatrixView<T> ho = to.head(b, h);
-            if (valid > 0) {
-                const index_t length = parameters_.segment_length(valid), m = detail::segments(valid, length);
-                head.queries = head.keys = Tensor<T>({m, hq.cols});
-                detail::simd::segment_means<xsimd::default_arch>(hq, length, detail::matrix_of(head.queries));
-                detail::simd::segment_means<xsimd::default_arch>(hk, length, detail::matrix_of(head.keys));
-                head.identity = head.a = Tensor<T>({m, m});
-                for (index_t i = 0; i < m; ++i) detail::matrix_of(head.identity)(i, i) = 1;
-                head.summary = head.values = Tensor<T>({m, hv.cols});
-                const CallOptions own{.workspace = &workspace};
-                const auto constant = [](const Tensor<T>& tensor) { return tensor.view(); };
-                attention_.forward_into(head.a.view(), head.landmarks, constant(head.queries), constant(head.keys), constant(head.identity), own);
-                head.inverse.run(detail::matrix_of(head.a), parameters_.iterations, workspace);
-                attention_.forward_into(head.summary.view(), head.reading, constant(head.queries), tensor_of(hk), tensor_of(hv), own);
-                detail::multiply<T>(head.inverse.result(), detail::matrix_of(head.summary), detail::matrix_of(head.values), false, workspace);
-                CallOptions writing = own;
-                writing.accumulate = options.accumulate;
-                attention_.forward_into(tensor_of(detail::row_range(ho, 0, valid)), head.writing, tensor_of(hq), constant(head.keys), constant(head.values), writing);
-                convolve(h, hv, detail::row_range(ho, 0, valid));
-            }
-            if (!options.accumulate) detail::fill_with_zeros(detail::row_range(ho, valid, n));
-        });
-    }
-    template <class T, class D>
-    auto backward(const SavedOf<T>& saved, const D& d_out, const CallOptions& options = {}) const {
-        const auto like = [](const TensorView<const T>& view) { return detail::make_result<D, T>(detail::shape_like(view, {view.tokens(), view.dim()})); };
-        Gradients<decltype(like(saved.inputs_.q()))> gradients{like(saved.inputs_.q()), like(saved.inputs_.k()), like(saved.inputs_.v()), {}, {}};
-        backward_into(gradients, saved, d_out, options);
-        return gradients;
-    }
-    template <class TensorType, class T, class D>
-    void backward_into(Gradients<TensorType>& gradients, const SavedOf<T>& saved, const D& d_out, const CallOptions& = {}) const {
-        const detail::Adapted<T> ad(d_out, "d_out");
-        const TensorView<const T> q = saved.inputs_.q(), k = saved.inputs_.k(), v = saved.inputs_.v(), d = ad.view();
-        static_assert(std::is_same_v<detail::element_t<D>, T>, "polyattn: d_out must have the inputs' value type");
-        detail::require(saved.heads_.size() == static_cast<std::size_t>(offset_t{q.batch()} * q.heads()) && q.dim() > 0, "saved", "a forward pass of this layer", "none");
-        detail::require_shape(d, {q.extents[0], q.extents[1], q.extents[2], v.extents[3]}, q.rank, "d_out");
-        const TensorView<T> vq = detail::memory_of(gradients.q), vk = detail::memory_of(gradients.k), vv = detail::memory_of(gradients.v);
-        detail::require_shape(vq, q.extents, q.rank, "gradients.q");
-        detail::require_shape(vk, k.extents, k.rank, "gradients.k");
-        detail::require_shape(vv, v.extents, v.rank, "gradients.v");
-        const index_t heads = q.heads(), group = heads / k.heads(), n = q.tokens();
-        gradients.bias.clear();
-        gradients.compression.assign(parameters_.table.size(), 0.);
-        std::vector<double> parts(static_cast<std::size_t>(q.batch()) * parameters_.table.size(), 0.);
-        std::vector<Workspace> workspaces(static_cast<std::size_t>(worker_count()));
-        parallel_for(offset_t{k.batch()} * k.heads(), [&](offset_t item, int worker) {
-            const auto b = static_cast<index_t>(item / k.heads()), kh = static_cast<index_t>(item % k.heads());
-            const index_t valid = valid_tokens(saved.options_, b, n);
-            Workspace& workspace = workspaces[static_cast<std::size_t>(worker)];
-            const MatrixView<T> d_k = vk.head(b, kh), d_v = vv.head(b, kh);
-            detail::fill_with_zeros(d_k);
-            detail::fill_with_zeros(d_v);
-            for (index_t h = kh * group; h < (kh + 1) * group; ++h) {
-                const MatrixView<T> d_q = vq.head(b, h);
-                detail::fill_with_zeros(d_q);
-                if (valid == 0) continue;
-                const HeadSaved<T>& head = saved.heads_[static_cast<std::size_t>(offset_t{b} * heads + h)];
-                const MatrixView<const T> own = detail::row_range(d.head(b, h), 0, valid);
-                const index_t length = parameters_.segment_length(valid);
-                const CallOptions call{.workspace = &workspace};
-                auto writing = attention_.backward(head.writing, tensor_of(own), call);
-                const auto m = head.values.shape[0];
-                Tensor<T> d_inverse({m, m}), d_summary(head.summary.shape), d_a({m, m});
-                detail::multiply<T>(detail::matrix_of(writing.v), detail::transposed(detail::matrix_of(head.summary)), detail::matrix_of(d_inverse), false, workspace);
-                detail::multiply<T>(detail::transposed(head.inverse.result()), detail::matrix_of(writing.v), detail::matrix_of(d_summary), false, workspace);
-                auto reading = attention_.backward(head.reading, std::as_const(d_summary).view(), call);
-                head.inverse.backward(d_inverse, detail::matrix_of(d_a), workspace);
-                auto landmarks = attention_.backward(head.landmarks, std::as_const(d_a).view(), call);
-                for (std::size_t i = 0; i < landmarks.q.values.size(); ++i) landmarks.q.values[i] += reading.q.values[i];
-                for (std::size_t i = 0; i < landmarks.k.values.size(); ++i) landmarks.k.values[i] += writing.k.values[i];
-                const auto add = [](Tensor<T>& from, MatrixView<T> to) {
-                    for (index_t i = 0; i < detail::matrix_of(from).rows; ++i) detail::add_row_to<T>(detail::matrix_of(from), i, T(1), to, i);
-                };
-                add(writing.q, d_q);
-                add(reading.k, d_k);
-                add(reading.v, d_v);
-                detail::simd::spread_segments<xsimd::default_arch>(valid, length, MatrixView<const T>(detail::matrix_of(landmarks.q)), d_q);
-                detail::simd::spread_segments<xsimd::default_arch>(valid, length, MatrixView<const T>(detail::matrix_of(landmarks.k)), d_k);
-                convolve_back(h, detail::row_range(v.head(b, kh), 0, valid), own, d_v, std::span(parts).subspan(static_cast<std::size_t>(b) * parameters_.table.size(), parameters_.table.size()));
-            }
-        });
-        for (std::size_t at = 0; at < parts.size(); ++at) gradients.compression[at % parameters_.table.size()] += parts[at];
-    }
 
 private:
+    friend detail::HeadwiseAttention<NystromAttention>;
+
+    std::size_t learned() const { return parameters_.table.size(); }
     template <class T>
-    static TensorView<T> tensor_of(MatrixView<T> rows) {
-        return detail::make_view<T>(rows.data, std::array<index_t, 2>{rows.rows, rows.cols}, std::array<std::ptrdiff_t, 2>{rows.row_stride, rows.col_stride}, "rows");
+    void check(const TensorView<const T>& q, const TensorView<const T>& k, const TensorView<const T>& v, const CallOptions& options) const {
+        detail::check_nystrom(parameters_, q, k, v, options);
     }
-    static index_t valid_tokens(const CallOptions& options, index_t b, index_t tokens) { return options.key_lengths.empty() ? tokens : options.key_lengths[static_cast<std::size_t>(b)]; }
+    template <class T>
+    void forward_head(index_t h, MatrixView<const T> q, MatrixView<const T> k, MatrixView<const T> v, MatrixView<T> out, HeadSaved<T>& head, Workspace& workspace) const {
+        const index_t length = parameters_.segment_length(q.rows), m = detail::segments(q.rows, length);
+        head.queries = head.keys = Tensor<T>({m, q.cols});
+        detail::simd::segment_means<xsimd::default_arch>(q, length, detail::matrix_of(head.queries));
+        detail::simd::segment_means<xsimd::default_arch>(k, length, detail::matrix_of(head.keys));
+        head.identity = head.a = Tensor<T>({m, m});
+        for (index_t i = 0; i < m; ++i) detail::matrix_of(head.identity)(i, i) = 1;
+        head.summary = head.values = Tensor<T>({m, v.cols});
+        const CallOptions own{.workspace = &workspace}, adding{.workspace = &workspace, .accumulate = true};
+        const auto constant = [](const Tensor<T>& tensor) { return tensor.view(); };
+        attention_.forward_into(head.a.view(), head.landmarks, constant(head.queries), constant(head.keys), constant(head.identity), own);
+        head.inverse.run(detail::matrix_of(head.a), parameters_.iterations, workspace);
+        attention_.forward_into(head.summary.view(), head.reading, constant(head.queries), detail::tensor_of(k), detail::tensor_of(v), own);
+        detail::multiply<T>(head.inverse.result(), detail::matrix_of(head.summary), detail::matrix_of(head.values), false, workspace);
+        attention_.forward_into(detail::tensor_of(out), head.writing, detail::tensor_of(q), constant(head.keys), constant(head.values), adding);
+        convolve(h, v, out);
+    }
+    template <class T>
+    void backward_head(index_t h, MatrixView<const T> q, MatrixView<const T>, MatrixView<const T> v, MatrixView<const T> d_out, const HeadSaved<T>& head, MatrixView<T> d_q,
+                       MatrixView<T> d_k, MatrixView<T> d_v, std::span<double> d_table, Workspace& workspace) const {
+        const index_t length = parameters_.segment_length(q.rows);
+        const CallOptions call{.workspace = &workspace};
+        auto writing = attention_.backward(head.writing, detail::tensor_of(d_out), call);
+        const auto m = head.values.shape[0];
+        Tensor<T> d_inverse({m, m}), d_summary(head.summary.shape), d_a({m, m});
+        detail::multiply<T>(detail::matrix_of(writing.v), detail::transposed(detail::matrix_of(head.summary)), detail::matrix_of(d_inverse), false, workspace);
+        detail::multiply<T>(detail::transposed(head.inverse.result()), detail::matrix_of(writing.v), detail::matrix_of(d_summary), false, workspace);
+        auto reading = attention_.backward(head.reading, std::as_const(d_summary).view(), call);
+        head.inverse.backward(d_inverse, detail::matrix_of(d_a), workspace);
+        auto landmarks = attention_.backward(head.landmarks, std::as_const(d_a).view(), call);
+        detail::add_matrix(reading.q, detail::matrix_of(landmarks.q));
+        detail::add_matrix(writing.k, detail::matrix_of(landmarks.k));
+        detail::add_matrix(writing.q, d_q);
+        detail::add_matrix(reading.k, d_k);
+        detail::add_matrix(reading.v, d_v);
+        detail::simd::spread_segments<xsimd::default_arch>(q.rows, length, MatrixView<const T>(detail::matrix_of(landmarks.q)), d_q);
+        detail::simd::spread_segments<xsimd::default_arch>(q.rows, length, MatrixView<const T>(detail::matrix_of(landmarks.k)), d_k);
+        convolve_back(h, v, d_out, d_v, d_table);
+    }
 
     template <class F>
     void for_each_tap(index_t h, index_t tokens, F&& f) const {

@@ -1,3 +1,4 @@
+#include <polyattn/clustered_attention.hpp>
 #include <polyattn/models.hpp>
 #include <polyattn/nn/classifier.hpp>
 #include <polyattn/nystrom_attention.hpp>

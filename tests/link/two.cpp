@@ -2,6 +2,7 @@
 #include <polyattn/analysis/expander.hpp>
 #include <polyattn/analysis/receptive_field.hpp>
 #include <polyattn/analysis/sensitivity.hpp>
+#include <polyattn/clustered_attention.hpp>
 #include <polyattn/models.hpp>
 #include <polyattn/nn/classifier.hpp>
 #include <polyattn/nystrom_attention.hpp>

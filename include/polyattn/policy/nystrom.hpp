@@ -36,14 +36,8 @@ namespace detail {
 /// Throws invalid_input for a call that Nystrom attention does not take.
 template <class T>
 void check_nystrom(const Nystrom& parameters, const TensorView<const T>& q, const TensorView<const T>& k, const TensorView<const T>& v, const CallOptions& options) {
-    require(q.dim() >= 1, "q", "a head dimension >= 1", q.dim());
-    require(k.heads() > 0 && q.heads() % k.heads() == 0, "k", [&] { return text("a number of heads that divides q's ", q.heads()); }, k.heads());
-    require_shape(k, {q.extents[0], k.extents[1], q.extents[2], q.extents[3]}, q.rank, "k");
-    require_shape(v, {q.extents[0], k.extents[1], q.extents[2], v.extents[3]}, q.rank, "v");
-    check_lengths(options.key_lengths, q.batch(), q.tokens(), "key_lengths");
-    require(options.query_lengths.empty() || options.query_lengths == options.key_lengths, "query_lengths", "none, or the key_lengths", "others");
+    check_self_attention(q, k, v, options);
     require(options.dropout.weights == 0 && options.dropout.values == 0, "dropout", "none: rows are products of three matrices", "one");
-    require(!options.plan && options.item_plans.empty(), "plan", "none", "one");
     parameters.check_heads(q.heads());
 }
 
