@@ -85,7 +85,7 @@ public:
         for (index_t h = 0; h < resolutions; ++h) fold(h, saved.resolution[static_cast<std::size_t>(h)], workspace);
         route(x, tokens, saved, options, workspace);
         detail::reshape(saved.context, {x.rows, merge.in()});
-        std::fill(saved.context.values.begin(), saved.context.values.end(), T(0));
+        for (index_t b = 0; b < batch; ++b) detail::fill_with_zeros(detail::row_range(detail::rows_of(saved.context), b * tokens + saved.valid[static_cast<std::size_t>(b)], (b + 1) * tokens));
         for (index_t h = 0; h < resolutions; ++h) {
             auto& at = saved.resolution[static_cast<std::size_t>(h)];
             const index_t marks = detail::segments(tokens, lengths[static_cast<std::size_t>(h)]), first = start(saved, h, 0), count = start(saved, h + 1, 0) - first;
@@ -118,6 +118,7 @@ public:
             const index_t first = start(saved, h, 0);
             detail::parallel_rows(static_cast<index_t>(at.out.shape[0]), [&](index_t r) {
                 const index_t row = saved.order[static_cast<std::size_t>(first + r)];
+                fetch_ahead(saved, first + r, detail::rows_of(std::as_const(saved.context)));
                 const T gate = std::same_as<Router, TopOne<Switch>> ? detail::rows_of(saved.probabilities)(row, h) : T(1);
                 detail::simd::scale_row<T, Arch>(detail::rows_of(at.out).row(r), gate, dim_, detail::rows_of(saved.context).row(row) + (all ? h * dim_ : 0));
             });
@@ -267,7 +268,8 @@ private:
             detail::multiply(x, detail::transposed(detail::rows_of(std::as_const(saved.folded_router))), detail::rows_of(saved.probabilities), false, workspace);
         }
         for_each_item(batch, [&](index_t b) {
-            for (index_t i = 0; i < saved.valid[static_cast<std::size_t>(b)]; ++i) {
+            const index_t valid = saved.valid[static_cast<std::size_t>(b)];
+            for (index_t i = 0; i < valid; ++i) {
                 const index_t row = b * tokens + i;
                 index_t& chosen = saved.routes[static_cast<std::size_t>(row)];
                 chosen = 0;
@@ -276,11 +278,17 @@ private:
                     for (index_t h = 1; h < resolutions; ++h)
                         if (p[h] > p[chosen]) chosen = h;
                     const T highest = p[chosen];
-                    T sum = 0;
-                    for (index_t h = 0; h < resolutions; ++h) sum += p[h] = std::exp(p[h] - highest);
-                    for (index_t h = 0; h < resolutions; ++h) p[h] /= sum;
+                    for (index_t h = 0; h < resolutions; ++h) p[h] = (p[h] - highest) * static_cast<T>(detail::simd::log2_e);
                 } else if constexpr (!all)
                     chosen = static_cast<index_t>(RandomRow(recipe_.router.seed, static_cast<std::uint32_t>(row), random_stream::random_routes, options.draw.hash()).below(resolutions));
+            }
+            if constexpr (learned) {
+                T* const all_p = detail::rows_of(saved.probabilities).row(b * tokens);
+                detail::simd::map_row<T, Arch>(all_p, all_p, valid * resolutions, [](auto x, auto) POLYATTN_INLINE_LAMBDA { return detail::simd::pow2<T, Arch>(x); });
+                for (T* p = all_p; p != all_p + offset_t{valid} * resolutions; p += resolutions) {
+                    const T factor = 1 / std::accumulate(p, p + resolutions, T(0));
+                    for (index_t h = 0; h < resolutions; ++h) p[h] *= factor;
+                }
             }
         });
         // A stable counting sort.
@@ -324,7 +332,17 @@ private:
     }
 
     void gather(MatrixView<const T> x, const Saved& saved, index_t first, MatrixView<T> rows) const {
-        detail::parallel_rows(rows.rows, [&](index_t r) { std::copy_n(x.row(saved.order[static_cast<std::size_t>(first + r)]), dim_, rows.row(r)); });
+        detail::parallel_rows(rows.rows, [&](index_t r) {
+            fetch_ahead(saved, first + r, x);
+            std::copy_n(x.row(saved.order[static_cast<std::size_t>(first + r)]), dim_, rows.row(r));
+        });
+    }
+    /// Rows in the order of a resolution are some rows apart, which no hardware foresees.
+    static void fetch_ahead(const Saved& saved, index_t at, MatrixView<const T> rows) {
+        const auto later = static_cast<std::size_t>(at) + 8;
+        if (later >= saved.order.size()) return;
+        const T* const row = rows.row(saved.order[later]);
+        for (index_t c = 0; c < rows.cols; c += detail::simd::cache_line<T>) detail::simd::prefetch(row + c);
     }
     /// One batch item's queries and landmarks at one resolution, by sub-head.
     Views<T> views_of(const Saved& saved, index_t h, index_t b, index_t batch, index_t tokens, Tensor<T>& queries, Tensor<T>& landmarks, Tensor<T>& out) const {
