@@ -68,5 +68,5 @@ void for_each_linear(const ZooSizes& s, F&& f) {
     f("Performer", Performer<>{});
     f("Linformer", Linformer<>{LinearProjection::drawn(s.tokens, s.landmarks)});
     f("Nystrom", NystromAttention({.landmarks = s.landmarks}));
-    f("clustered", ClusteredAttention({.clusters = s.landmarks, .top = s.landmarks}));
+    f("clustered", ClusteredAttention({.clusters = std::min<index_t>(100, 2 * s.landmarks), .top = std::min<index_t>(32, s.landmarks)}));
 }

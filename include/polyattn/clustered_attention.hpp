@@ -72,8 +72,9 @@ private:
         for (T& entry : directions.values) entry = static_cast<T>(normal_deviate(random.next()) * 0x1p-24);
         detail::multiply<T>(q, detail::matrix_of(std::as_const(directions)), detail::matrix_of(projected), false, workspace);
         std::vector<std::uint64_t> codes(static_cast<std::size_t>(q.rows));
-        for (index_t i = 0; i < q.rows; ++i)
-            for (index_t bit = 0; bit < bits; ++bit) codes[static_cast<std::size_t>(i)] |= std::uint64_t{detail::matrix_of(projected)(i, bit) >= 0} << bit;
+        const T* entry = projected.data();
+        for (std::uint64_t& code : codes)
+            for (index_t bit = 0; bit < bits; ++bit) code |= std::uint64_t{*entry++ >= 0} << bit;
         return codes;
     }
 };
@@ -116,42 +117,49 @@ private:
         head.sizes.assign(static_cast<std::size_t>(count), 0);
         head.queries = Tensor<T>({count, q.cols});
         for (const index_t j : head.cluster) ++head.sizes[static_cast<std::size_t>(j)];
-        for (index_t i = 0; i < q.rows; ++i) detail::add_row_to(q, i, share(head, i), detail::matrix_of(head.queries), cluster(head, i));
+        const MatrixView<T> queries = detail::matrix_of(head.queries);
+        for (index_t i = 0; i < q.rows; ++i) detail::add_row_to(q, i, share(head, i), queries, cluster(head, i));
         head.weights = Tensor<T>({count, k.rows});
         const MatrixView<T> weights = detail::matrix_of(head.weights);
-        detail::multiply<T>(detail::matrix_of(std::as_const(head.queries)), detail::transposed(k), weights, false, workspace);
+        detail::multiply<T>(queries, detail::transposed(k), weights, false, workspace);
         for (index_t j = 0; j < count; ++j) softmax(weights.row(j), k.rows, static_cast<T>(detail::simd::log2_e / std::sqrt(double(q.cols))));
 
-        Tensor<T> rest = head.weights, values({count, v.cols});
+        Tensor<T> others = head.weights, summed({count, v.cols});
+        const MatrixView<T> rest = detail::matrix_of(others), values = detail::matrix_of(summed);
         head.top.assign(static_cast<std::size_t>(top > 0 ? count : 0), {});
         head.mass = Tensor<T>({count});
+        std::vector<T> spare;
         for (std::size_t j = 0; j < head.top.size(); ++j) {
-            head.top[j] = largest(weights.row(static_cast<index_t>(j)), k.rows, top);
-            for (const index_t l : head.top[j]) head.mass.values[j] += std::exchange(detail::matrix_of(rest)(static_cast<index_t>(j), l), T(0));
+            head.top[j] = largest(std::span<const T>(weights.row(static_cast<index_t>(j)), static_cast<std::size_t>(k.rows)), top, spare);
+            for (const index_t l : head.top[j]) head.mass.values[j] += std::exchange(rest(static_cast<index_t>(j), l), T(0));
         }
-        detail::multiply<T>(detail::matrix_of(std::as_const(rest)), v, detail::matrix_of(values), false, workspace);
-        for (index_t i = 0; i < out.rows; ++i) detail::add_row_to<T>(detail::matrix_of(values), cluster(head, i), T(1), out, i);
+        detail::multiply<T>(rest, v, values, false, workspace);
+        for (index_t i = 0; i < out.rows; ++i) detail::add_row_to<T>(values, cluster(head, i), T(1), out, i);
         if (top == 0) return;
         head.own = Tensor<T>({q.rows, v.cols});
         attention_.forward_into(head.own.view(), head.among, detail::tensor_of(q), detail::tensor_of(k), detail::tensor_of(v), {.plan = plan(head, q.rows), .workspace = &workspace});
-        for (index_t i = 0; i < out.rows; ++i) detail::add_row_to<T>(detail::matrix_of(head.own), i, mass(head, i), out, i);
+        const MatrixView<const T> own = detail::matrix_of(std::as_const(head.own));
+        for (index_t i = 0; i < out.rows; ++i) detail::add_row_to(own, i, mass(head, i), out, i);
     }
 
     template <class T>
     void backward_head(index_t, MatrixView<const T> q, MatrixView<const T> k, MatrixView<const T> v, MatrixView<const T> d_out, const HeadSaved<T>& head, MatrixView<T> d_q, MatrixView<T> d_k,
                        MatrixView<T> d_v, std::span<double>, Workspace& workspace) const {
         const index_t count = static_cast<index_t>(head.sizes.size()), n = q.rows;
-        const auto constant = [](const Tensor<T>& tensor) { return detail::matrix_of(tensor); };
-        // Of what the means see: D, and dL/dA = D V^T, but for top keys what their mass wants.
-        Tensor<T> d_values({count, v.cols}), d_mass({count}), d_weights({count, n}), rest = head.weights;
-        for (index_t i = 0; i < n; ++i) detail::add_row_to(d_out, i, T(1), detail::matrix_of(d_values), cluster(head, i));
-        detail::multiply<T>(constant(d_values), detail::transposed(v), detail::matrix_of(d_weights), false, workspace);
+        // What the means see: D, and dL/dA = D V^T, but for top keys what their mass wants.
+        Tensor<T> by_cluster({count, v.cols}), by_key({count, n}), others = head.weights;
+        const MatrixView<T> d_values = detail::matrix_of(by_cluster), d_weights = detail::matrix_of(by_key), rest = detail::matrix_of(others);
+        std::vector<T> d_mass(static_cast<std::size_t>(count));
+        for (index_t i = 0; i < n; ++i) detail::add_row_to(d_out, i, T(1), d_values, cluster(head, i));
+        detail::multiply<T>(d_values, detail::transposed(v), d_weights, false, workspace);
         if (!head.top.empty()) {
             Tensor<T> d_own(head.own.shape);
+            const MatrixView<T> scaled = detail::matrix_of(d_own);
+            const MatrixView<const T> own = detail::matrix_of(head.own);
             for (index_t i = 0; i < n; ++i) {
-                T& sum = d_mass.values[static_cast<std::size_t>(cluster(head, i))];
-                for (index_t c = 0; c < v.cols; ++c) sum += d_out(i, c) * constant(head.own)(i, c);
-                detail::add_row_to(d_out, i, mass(head, i), detail::matrix_of(d_own), i);
+                T& sum = d_mass[static_cast<std::size_t>(cluster(head, i))];
+                for (index_t c = 0; c < v.cols; ++c) sum += d_out(i, c) * own(i, c);
+                detail::add_row_to(d_out, i, mass(head, i), scaled, i);
             }
             const auto among = attention_.backward(head.among, std::as_const(d_own).view(), {.workspace = &workspace});
             detail::add_matrix(among.q, d_q);
@@ -160,27 +168,28 @@ private:
         }
         for (std::size_t j = 0; j < head.top.size(); ++j)
             for (const index_t l : head.top[j]) {
-                detail::matrix_of(rest)(static_cast<index_t>(j), l) = 0;
-                detail::matrix_of(d_weights)(static_cast<index_t>(j), l) = d_mass.values[j];
+                rest(static_cast<index_t>(j), l) = 0;
+                d_weights(static_cast<index_t>(j), l) = d_mass[j];
             }
-        Tensor<T> more({n, std::max(k.cols, v.cols)}), d_queries({count, q.cols});
+        Tensor<T> more({n, std::max(k.cols, v.cols)}), means({count, q.cols});
         const auto columns = [&](index_t width) { return MatrixView<T>{more.data(), n, width, width, 1}; };
         const auto add = [&](MatrixView<T> to) {
             for (index_t i = 0; i < n; ++i) detail::add_row_to<T>(columns(to.cols), i, T(1), to, i);
         };
-        detail::multiply<T>(detail::transposed(constant(rest)), constant(d_values), columns(v.cols), false, workspace);
+        detail::multiply<T>(detail::transposed(MatrixView<const T>(rest)), d_values, columns(v.cols), false, workspace);
         add(d_v);
         const T scale = static_cast<T>(1 / std::sqrt(double(q.cols)));
         for (index_t j = 0; j < count; ++j) {  // through the softmax
-            const T* const weights = constant(head.weights).row(j);
-            T* const row = detail::matrix_of(d_weights).row(j);
+            const T* const weights = head.weights.data() + offset_t{j} * n;
+            T* const row = d_weights.row(j);
             const T mean = std::inner_product(weights, weights + n, row, T(0));
             for (index_t l = 0; l < n; ++l) row[l] = scale * weights[l] * (row[l] - mean);
         }
-        detail::multiply<T>(constant(d_weights), k, detail::matrix_of(d_queries), false, workspace);
-        detail::multiply<T>(detail::transposed(constant(d_weights)), constant(head.queries), columns(k.cols), false, workspace);
+        const MatrixView<T> d_queries = detail::matrix_of(means);
+        detail::multiply<T>(d_weights, k, d_queries, false, workspace);
+        detail::multiply<T>(detail::transposed(MatrixView<const T>(d_weights)), detail::matrix_of(head.queries), columns(k.cols), false, workspace);
         add(d_k);
-        for (index_t i = 0; i < n; ++i) detail::add_row_to<T>(detail::matrix_of(d_queries), cluster(head, i), share(head, i), d_q, i);
+        for (index_t i = 0; i < n; ++i) detail::add_row_to<T>(d_queries, cluster(head, i), share(head, i), d_q, i);
     }
 
     template <class T>
@@ -205,15 +214,17 @@ private:
         const T factor_of_sum = static_cast<T>(1 / std::accumulate(row, row + count, 0.));
         for (index_t l = 0; l < count; ++l) row[l] *= factor_of_sum;
     }
-    /// The keys with the largest weights, the first of equal ones, ascending.
+    /// The keys with the largest weights, the first of equal ones, ascending; none if they are NaN. `spare` is memory to work in.
     template <class T>
-    static std::vector<index_t> largest(const T* weights, index_t keys, index_t count) {
-        std::vector<index_t> order(static_cast<std::size_t>(keys));
-        std::iota(order.begin(), order.end(), 0);
-        std::nth_element(order.begin(), order.begin() + (count - 1), order.end(), [&](index_t a, index_t b) { return weights[a] > weights[b] || (weights[a] == weights[b] && a < b); });
-        order.resize(static_cast<std::size_t>(count));
-        std::sort(order.begin(), order.end());
-        return order;
+    static std::vector<index_t> largest(std::span<const T> weights, index_t count, std::vector<T>& spare) {
+        spare.assign(weights.begin(), weights.end());
+        std::nth_element(spare.begin(), spare.begin() + (count - 1), spare.end(), std::greater<T>());
+        const T least = spare[static_cast<std::size_t>(count - 1)];
+        auto equal = std::count(spare.begin(), spare.begin() + count, least);
+        std::vector<index_t> keys;
+        for (std::size_t l = 0; l < weights.size(); ++l)
+            if (weights[l] > least || (weights[l] == least && equal-- > 0)) keys.push_back(static_cast<index_t>(l));
+        return keys;
     }
     /// Every query sees the top keys of its cluster.
     template <class T>

@@ -128,7 +128,8 @@ TensorView<T> tensor_of(MatrixView<T> rows) {
 /// to += from.
 template <class T>
 void add_matrix(const Tensor<T>& from, MatrixView<T> to) {
-    for (index_t i = 0; i < to.rows; ++i) add_row_to<T>(matrix_of(from), i, T(1), to, i);
+    const MatrixView<const T> rows = matrix_of(from);
+    for (index_t i = 0; i < to.rows; ++i) add_row_to(rows, i, T(1), to, i);
 }
 
 }  // namespace detail

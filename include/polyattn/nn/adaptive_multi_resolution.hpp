@@ -284,7 +284,7 @@ private:
             }
             if constexpr (learned) {
                 T* const all_p = detail::rows_of(saved.probabilities).row(b * tokens);
-                detail::simd::map_row<T, Arch>(all_p, all_p, valid * resolutions, [](auto x, auto) POLYATTN_INLINE_LAMBDA { return detail::simd::pow2<T, Arch>(x); });
+                detail::simd::map_row<T, Arch>(all_p, all_p, valid * resolutions, [](auto t, auto) POLYATTN_INLINE_LAMBDA { return detail::simd::pow2<T, Arch>(t); });
                 for (T* p = all_p; p != all_p + offset_t{valid} * resolutions; p += resolutions) {
                     const T factor = 1 / std::accumulate(p, p + resolutions, T(0));
                     for (index_t h = 0; h < resolutions; ++h) p[h] *= factor;
