@@ -1,5 +1,6 @@
 // Compressed keys and values: the papers' numbers, the definition by matrices, gradients of inputs and learned weights, properties, errors.
 #include "support/errors.hpp"
+#include "support/finite_differences.hpp"
 #include "support/layers.hpp"
 #include "support/padding.hpp"
 #include "support/random.hpp"
@@ -115,18 +116,8 @@ void check_gradients(Random& random, Layer layer, index_t n, const CallOptions& 
     CHECK(gradient.k.values == layer.backward(saved, d_out.view()).k.values);
     const double tolerance = 1e-7 * (1 + std::abs(loss()));
     const auto compare = [&](double& value, const std::function<double()>& moved, double got, const char* what, std::size_t at) {
-        const double start = value, h = 1e-4;
-        const auto slope = [&](double step) {
-            value = start + step;
-            const double up = moved();
-            value = start - step;
-            const double down = moved();
-            value = start;
-            return (up - down) / (2 * step);
-        };
-        const double difference = (4 * slope(h / 2) - slope(h)) / 3;
         INFO(what, " entry ", at, " of ", n, " tokens");
-        CHECK(std::abs(difference - got) < tolerance + 1e-7 * std::abs(got));
+        CHECK(std::abs(derivative(value, moved, 1e-4) - got) < tolerance + 1e-7 * std::abs(got));
     };
     const auto sample = [&](std::vector<double>& values, const std::vector<double>& got, const char* what) {
         for (int s = 0; s < 6; ++s) {

@@ -1,4 +1,5 @@
 // Gradients by central differences in double, of both backends.
+#include "support/finite_differences.hpp"
 #include "support/layers.hpp"
 #include "support/overwritten.hpp"
 #include "support/patterns.hpp"
@@ -8,25 +9,10 @@
 
 #include <doctest/doctest.h>
 
-#include <functional>
 
 using namespace polyattn;
 
 namespace {
-
-/// d loss / d values[at] by central differences with Richardson extrapolation: the error is O(h^4) plus rounding / h.
-double difference(const std::function<double()>& loss, double& value) {
-    const double start = value, h = 1e-3;
-    const auto slope = [&](double step) {
-        value = start + step;
-        const double up = loss();
-        value = start - step;
-        const double down = loss();
-        value = start;
-        return (up - down) / (2 * step);
-    };
-    return (4 * slope(h / 2) - slope(h)) / 3;
-}
 
 /// Loss = sum of d_out * out. Compares gradients at `samples` places of q, k, v and of a bias table.
 template <class MakeLayer>
@@ -56,7 +42,7 @@ void check_gradients(MakeLayer make_layer, const Plan& plan, CallOptions options
         for (int s = 0; s < 6; ++s) {
             const auto at = static_cast<std::size_t>(random.below(static_cast<index_t>(values.size())));
             INFO(what, " entry ", at);
-            CHECK(std::abs(difference(loss, values[at]) - got[at]) < tolerance);
+            CHECK(std::abs(derivative(values[at], loss, 1e-3) - got[at]) < tolerance);
         }
     };
     compare(q.values, gradient.q.values, "q");

@@ -1,5 +1,6 @@
 // Kernel (linear) attention: the numbers of the papers' examples, simd against reference within derived bounds, gradients, properties.
 #include "support/errors.hpp"
+#include "support/finite_differences.hpp"
 #include "support/layers.hpp"
 #include "support/overwritten.hpp"
 #include "support/random.hpp"
@@ -100,18 +101,8 @@ TEST_CASE_TEMPLATE("gradients by finite differences", Score, Kernel<ReLU, AddEps
         const auto compare = [&](std::vector<double>& values, const std::vector<double>& got, const char* what) {
             for (int s = 0; s < 8; ++s) {
                 const auto at = static_cast<std::size_t>(random.below(static_cast<index_t>(values.size())));
-                const double start = values[at];
-                const auto slope = [&](double step) {
-                    values[at] = start + step;
-                    const double up = loss();
-                    values[at] = start - step;
-                    const double down = loss();
-                    values[at] = start;
-                    return (up - down) / (2 * step);
-                };
-                const double h = 1e-4, difference = (4 * slope(h / 2) - slope(h)) / 3;
                 INFO(what, " entry ", at, " of ", n, " tokens");
-                CHECK(std::abs(difference - got[at]) < 1e-7 * (1 + std::abs(loss()) + std::abs(got[at])));
+                CHECK(std::abs(derivative(values[at], loss, 1e-4) - got[at]) < 1e-7 * (1 + std::abs(loss()) + std::abs(got[at])));
             }
         };
         compare(q.values, gradient.q.values, "q");

@@ -1,5 +1,6 @@
 // AdaMRA's layer: the paper's numbers, gradients of every parameter, and what must not matter.
 #include "support/errors.hpp"
+#include "support/finite_differences.hpp"
 #include "support/random.hpp"
 
 #include <polyattn/nn/classifier.hpp>
@@ -86,19 +87,12 @@ void check_gradients(Random& random, const Recipe& recipe, index_t tokens, const
     };
     net.backward(d_y);
     const auto compare = [&](double& value, double got, const std::string& what) {
-        const double start = value, h = 1e-5;
         bool same_route = true;
-        const auto slope = [&](double step) {
-            value = start + step;
-            const double up = loss();
+        const double difference = derivative(value, [&] {
+            const double changed = loss();
             same_route = same_route && net.routes() == routes;
-            value = start - step;
-            const double down = loss();
-            same_route = same_route && net.routes() == routes;
-            value = start;
-            return (up - down) / (2 * step);
-        };
-        const double difference = (4 * slope(h / 2) - slope(h)) / 3;
+            return changed;
+        });
         if (!same_route) return;  // the loss jumps there
         INFO(what, ", ", tokens, " tokens");
         CHECK(std::abs(difference - got) < 1e-6 * (1 + std::abs(loss()) + std::abs(got)));
