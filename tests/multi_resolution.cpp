@@ -311,7 +311,7 @@ TEST_CASE("padding that is not a number reaches no gradient of a learned router"
 TEST_CASE("a model learns with it, the same bits for any number of threads") {
     using Model = nn::Classifier<float, MultiResolution<SegmentMeans<2, 8>>>;
     const std::uint64_t seed = 1;  // whether a model learns in so few steps hangs on its start
-    const auto train = [&](int threads) {
+    const auto train = [&]([[maybe_unused]] int threads) {
 #if defined(_OPENMP)
         omp_set_num_threads(threads);
 #endif

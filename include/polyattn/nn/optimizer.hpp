@@ -71,7 +71,8 @@ public:
         std::size_t number = 0;
         model.for_each_parameter([&](Parameter<T>& parameter) {
             if (number == moments.size()) moments.push_back({std::vector<T>(parameter.value.values.size()), std::vector<T>(parameter.value.values.size())});
-            auto& [mean, square] = moments[number++];
+            auto& own = moments[number++];
+            std::vector<T>&mean = own.mean, &square = own.square;  // names that clang 14 lets lambdas capture
             detail::require(mean.size() == parameter.value.values.size(), "model", "the model of the earlier steps", parameter.name);
             const double decay = parameter.decays ? rate * weight_decay : 0;
             constexpr offset_t chunk = 4096;

@@ -202,7 +202,7 @@ void weighted_sum(const T* weights, const T* x, std::ptrdiff_t x_stride, index_t
 /// Queries [first, last) of the 16 that see any of the keys [begin, end).
 inline std::pair<int, int> lanes_that_see(const Lanes& lanes, index_t begin, index_t end) {
     std::uint32_t seen = 0;
-    for (std::uint32_t lane = 0; lane < group_size; ++lane) seen |= static_cast<std::uint32_t>((lanes.begin[lane] < end) & (lanes.end[lane] > begin)) << lane;
+    for (std::uint32_t lane = 0; lane < group_size; ++lane) seen |= (std::uint32_t{lanes.begin[lane] < end} & std::uint32_t{lanes.end[lane] > begin}) << lane;
     return {std::countr_zero(seen | 1u << group_size), std::bit_width(seen)};
 }
 
