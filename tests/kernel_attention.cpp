@@ -206,6 +206,45 @@ TEST_CASE_TEMPLATE("causal: later tokens, even NaN, change no bit of earlier out
     }
 }
 
+TEST_CASE_TEMPLATE("queries without a part in any sum spoil nobody's gradient", T, float, double) {
+    POLYATTN_RANDOM(random);
+    const auto finite = [](const std::vector<T>& values) { return std::all_of(values.begin(), values.end(), [](T x) { return std::isfinite(x); }); };
+    for (const index_t n : {5, 20, 70}) {
+        const index_t row = random.below(n), d = 5;
+        auto q = random.tensor<T>({n, d}), k = random.tensor<T>({n, d}), v = random.tensor<T>({n, 3}), d_out = random.tensor<T>({n, 3});
+        const auto at = [&](Tensor<T>& x) { return x.values.begin() + row * x.shape[1]; };
+        CallOptions padded;
+        padded.key_lengths = {n - 1};
+        padded.query_lengths = {n};
+        // An infinite feature makes the denominator infinite, its inverse 0.
+        at(q)[2] = std::numeric_limits<T>::infinity();
+        const auto infinite = [&](const auto& layer, const CallOptions& options) {
+            INFO("row ", row, " of ", n);
+            const auto gradient = layer.backward(layer.forward(q.view(), k.view(), v.view(), options).saved, d_out.view());
+            CHECK(finite(gradient.q.values));
+            CHECK(finite(gradient.k.values));
+            CHECK(finite(gradient.v.values));
+        };
+        infinite(Attention<Kernel<EluPlusOne, ExactOrZero>>{}, {});
+        infinite(Attention<Kernel<EluPlusOne, ExactOrZero>>{}, padded);
+        infinite(Attention<Kernel<EluPlusOne, ExactOrZero>, Causal>{}, {});
+        infinite(Attention<Kernel<EluPlusOne, ExactOrZero>, Causal>{}, padded);
+        // A row that is a mean of the values hangs on no key: a gradient of NaN reaches values alone.
+        std::fill_n(at(q), d, T(-1));
+        std::fill_n(at(d_out), 3, std::numeric_limits<T>::quiet_NaN());
+        const auto mean = [&](const auto& layer, const CallOptions& options) {
+            INFO("row ", row, " of ", n);
+            const auto gradient = layer.backward(layer.forward(q.view(), k.view(), v.view(), options).saved, d_out.view());
+            CHECK(finite(gradient.q.values));
+            CHECK(finite(gradient.k.values));
+            CHECK(std::isnan(gradient.v.values[0]));
+        };
+        mean(Attention<Kernel<ReLU, ExactOrMean>>{}, {});
+        mean(Attention<Kernel<ReLU, ExactOrMean>>{}, padded);
+        mean(Attention<Kernel<ReLU, ExactOrMean>, Causal>{}, {});
+    }
+}
+
 TEST_CASE("padding never counts, whatever it holds") {
     POLYATTN_RANDOM(random);
     const index_t n = 90, valid = 41;

@@ -6,7 +6,7 @@
 
 POLYATTN_BEGIN_NAMESPACE
 
-/// Parameters of ClusteredAttention; the defaults are the paper's.
+/// Parameters of ClusteredAttention.
 struct Clusters {
     index_t clusters = 100;
     /// Of Lloyd's algorithm.
@@ -25,7 +25,7 @@ struct Clusters {
     }
 
     /// The cluster of each row of q, numbered from 0 without gaps: K-means of the signs of random projections, in Hamming distance, from evenly spaced rows. Ties go to
-    /// the lowest cluster, clusters that run empty are dropped. The same for any number of threads. O(n bits d + iterations n clusters).
+    /// the lowest cluster, clusters that end up empty are dropped. The same for any number of threads. O(n bits (d + iterations) + iterations n clusters).
     template <class T>
     std::vector<index_t> assign(MatrixView<const T> q, Workspace& workspace) const {
         const std::vector<std::uint64_t> codes = signs(q, workspace);
@@ -81,9 +81,9 @@ private:
 
 /// Queries fall into clusters, and a cluster's mean query attends for all of its members; in the improved form they weigh its `top` keys themselves, within the mass that
 /// the mean gives to these. Rows sum to 1. With top >= tokens it is softmax attention. As many keys as queries, no causal form: means know all queries.
-/// operator(), forward() and backward() take what those of Attention take, without plans, dropout and workspace; they throw invalid_input. Gradients take clusters and top keys as fixed.
-/// O(n (clusters (d + e + iterations) + top (d + e) + bits d)) a head, and n clusters numbers to keep.
-/// Source: Vyas et al., "Fast Transformers with Clustered Attention" (2020), equations 3 to 6, improved: 9 to 11.
+/// operator(), forward() and backward() take what those of Attention take, without plans and dropout, and with workspaces of their own; they throw invalid_input.
+/// Gradients take clusters and top keys as fixed. O(n (clusters (d + e + iterations) + top (d + e) + bits (d + iterations))) a head, and n clusters numbers, kept until backward or, without it,
+/// until the call ends. Source: Vyas et al., "Fast Transformers with Clustered Attention" (2020), section 3.2, improved: section 3.3.
 class ClusteredAttention : public detail::HeadwiseAttention<ClusteredAttention> {
 public:
     explicit ClusteredAttention(Clusters parameters = {}) : parameters_(parameters) { parameters_.validate(); }
@@ -124,8 +124,8 @@ private:
         detail::multiply<T>(queries, detail::transposed(k), weights, false, workspace);
         for (index_t j = 0; j < count; ++j) softmax(weights.row(j), k.rows, static_cast<T>(detail::simd::log2_e / std::sqrt(double(q.cols))));
 
-        Tensor<T> others = head.weights, summed({count, v.cols});
-        const MatrixView<T> rest = detail::matrix_of(others), values = detail::matrix_of(summed);
+        Tensor<T> others = top > 0 ? head.weights : Tensor<T>(), summed({count, v.cols});  // those without the top keys'
+        const MatrixView<T> rest = top > 0 ? detail::matrix_of(others) : weights, values = detail::matrix_of(summed);
         head.top.assign(static_cast<std::size_t>(top > 0 ? count : 0), {});
         head.mass = Tensor<T>({count});
         std::vector<T> spare;
@@ -147,8 +147,8 @@ private:
                        MatrixView<T> d_v, std::span<double>, Workspace& workspace) const {
         const index_t count = static_cast<index_t>(head.sizes.size()), n = q.rows;
         // What the means see: D, and dL/dA = D V^T, but for top keys what their mass wants.
-        Tensor<T> by_cluster({count, v.cols}), by_key({count, n}), others = head.weights;
-        const MatrixView<T> d_values = detail::matrix_of(by_cluster), d_weights = detail::matrix_of(by_key), rest = detail::matrix_of(others);
+        Tensor<T> by_cluster({count, v.cols}), by_key({count, n}), others = head.top.empty() ? Tensor<T>() : head.weights;
+        const MatrixView<T> d_values = detail::matrix_of(by_cluster), d_weights = detail::matrix_of(by_key);
         std::vector<T> d_mass(static_cast<std::size_t>(count));
         for (index_t i = 0; i < n; ++i) detail::add_row_to(d_out, i, T(1), d_values, cluster(head, i));
         detail::multiply<T>(d_values, detail::transposed(v), d_weights, false, workspace);
@@ -168,7 +168,7 @@ private:
         }
         for (std::size_t j = 0; j < head.top.size(); ++j)
             for (const index_t l : head.top[j]) {
-                rest(static_cast<index_t>(j), l) = 0;
+                others.values[j * static_cast<std::size_t>(n) + static_cast<std::size_t>(l)] = 0;
                 d_weights(static_cast<index_t>(j), l) = d_mass[j];
             }
         Tensor<T> more({n, std::max(k.cols, v.cols)}), means({count, q.cols});
@@ -176,13 +176,13 @@ private:
         const auto add = [&](MatrixView<T> to) {
             for (index_t i = 0; i < n; ++i) detail::add_row_to<T>(columns(to.cols), i, T(1), to, i);
         };
-        detail::multiply<T>(detail::transposed(MatrixView<const T>(rest)), d_values, columns(v.cols), false, workspace);
+        detail::multiply<T>(detail::transposed(detail::matrix_of(head.top.empty() ? head.weights : std::as_const(others))), d_values, columns(v.cols), false, workspace);
         add(d_v);
         const T scale = static_cast<T>(1 / std::sqrt(double(q.cols)));
         for (index_t j = 0; j < count; ++j) {  // through the softmax
             const T* const weights = head.weights.data() + offset_t{j} * n;
             T* const row = d_weights.row(j);
-            const T mean = std::inner_product(weights, weights + n, row, T(0));
+            const T mean = detail::simd::dot<T, xsimd::default_arch>(weights, row, n);
             for (index_t l = 0; l < n; ++l) row[l] = scale * weights[l] * (row[l] - mean);
         }
         const MatrixView<T> d_queries = detail::matrix_of(means);

@@ -9,7 +9,9 @@
 
 // The linker keeps one body of an inline function. Translation units built with other -m flags, with or without OpenMP or
 // -ffast-math, may be linked together, so each combination lives in an inline namespace of its own.
-#if defined(__AVX512F__) && defined(__AVX512DQ__) && defined(__AVX512BW__)
+#if defined(__AVX512F__) && defined(__AVX512DQ__) && defined(__AVX512BW__) && defined(__AMX_TILE__)
+#define POLYATTN_ARCH_TAG avx512_amx
+#elif defined(__AVX512F__) && defined(__AVX512DQ__) && defined(__AVX512BW__)
 #define POLYATTN_ARCH_TAG avx512
 #elif defined(__AVX512F__)
 #define POLYATTN_ARCH_TAG avx512f

@@ -337,10 +337,10 @@ private:
             std::copy_n(x.row(saved.order[static_cast<std::size_t>(first + r)]), dim_, rows.row(r));
         });
     }
-    /// Rows in the order of a resolution are some rows apart, which no hardware foresees.
+    /// Rows in the order of a resolution are some rows apart, which no hardware foresees; with all resolutions they follow one another.
     static void fetch_ahead(const Saved& saved, index_t at, MatrixView<const T> rows) {
         const auto later = static_cast<std::size_t>(at) + 8;
-        if (later >= saved.order.size()) return;
+        if (all || later >= saved.order.size()) return;
         const T* const row = rows.row(saved.order[later]);
         for (index_t c = 0; c < rows.cols; c += detail::simd::cache_line<T>) detail::simd::prefetch(row + c);
     }

@@ -41,12 +41,14 @@ void split_row(const T* x, index_t i, const Parts<T>& parts) {
     for (index_t p = 0; p < parts.count(); ++p) std::copy_n(x + p * Parts<T>::part_columns, parts.width(p), parts.part(p) + offset_t{i} * parts.width(p));
 }
 
-/// Gathers run this many edges ahead of the sums once a part exceeds half of a usual second-level cache.
+/// Gathers run this many edges ahead of the sums ..
 inline constexpr offset_t gather_ahead = 32;
+/// .. once a part exceeds half of a usual second-level cache. Not on Intel's cores since Sapphire Rapids, which see 512 operations ahead, and so as many misses as they
+/// can wait for: there fetching costs sums up to a fifth.
 template <class T>
-bool is_out_of_cache([[maybe_unused]] const Parts<T>& parts) {
+bool fetches_gathers([[maybe_unused]] const Parts<T>& parts) {
 #if defined(__AMX_TILE__)
-    return false;  // Intel's cores since Sapphire Rapids see 512 operations ahead, which are as many misses as they can wait for: fetching costs sums up to a fifth there
+    return false;
 #else
     return offset_t{parts.rows} * static_cast<offset_t>(sizeof(T)) * parts.width(0) > offset_t{512} << 10;
 #endif

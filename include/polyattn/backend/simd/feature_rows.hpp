@@ -183,13 +183,15 @@ public:
             for (index_t i = 0; i < count; ++i) {
                 const T* const from = rows.row(first + i);
                 T* const row = d_phi + offset_t{i} * columns_;
-                // Straight to d_x where whole vectors can be.
-                T* const to = !adds && d_x.col_stride == 1 && columns_ == dim_ ? &d_x(first + i, 0) : row;
+                T* const own = rows_in_place(d_x, first + i, adds);
+                T* const to = own ? own : row;
                 for (index_t c = 0; c < columns_; c += width) through(from, c, phi + offset_t{i} * columns_, V::load_aligned(row + c)).store_unaligned(to + c);
                 if (to == row) store_row<A>(d_x, first + i, row, adds);
             }
     }
 
+    /// Row i of d_x if gradients can be written straight there, in whole vectors; else null.
+    T* rows_in_place(MatrixView<T> d_x, index_t i, bool adds) const { return !random && !adds && d_x.col_stride == 1 && columns_ == dim_ ? &d_x(i, 0) : nullptr; }
     /// A vector of backward(), of a map that works entry by entry: columns from c of a row.
     POLYATTN_ALWAYS_INLINE V through(const T* from, index_t c, const T* phi, V d_phi) const {
         return through_features<T, A>(map_, c + width <= dim_ ? V::load_unaligned(from + c) : rest(from + c, dim_ - c), V::load_aligned(phi + c), d_phi);

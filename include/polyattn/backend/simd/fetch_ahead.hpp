@@ -9,15 +9,15 @@ POLYATTN_BEGIN_NAMESPACE
 
 namespace detail::simd {
 
-/// Lines that lie together, which a tile fetches one at a time between its steps.
+/// Lines one behind the other, which a tile fetches between its steps.
 template <class T>
 struct LineRun {
     const T* at;
-    std::ptrdiff_t step;
+    std::ptrdiff_t distance;
 
     POLYATTN_ALWAYS_INLINE void fetch() {
         prefetch(at);
-        at += step;
+        at += distance;
     }
 };
 
@@ -32,14 +32,14 @@ public:
             size_ *= rows;
         }
     }
-    /// All rows in so many equal steps. A step may leave so many lines of one long row to the run that follows it.
+    /// All rows in so many equal steps, which leave up to `run` lines of one long row to the caller.
     void spread(offset_t steps, offset_t run = 0) {
         const offset_t lines = (size_ + cache_line<T> - 1) / cache_line<T> * rows_;
         step_ = steps > 0 ? (lines + steps - 1) / steps : 0;
         run_ = rows_ == 1 ? std::min(step_, run) : 0;
         step_ -= run_;
     }
-    /// A step, and the run of lines that is left to the caller; `own`: what it reads anyway, for when there is none.
+    /// A step, and the lines that are left to the caller, who may fetch more of them: the next run's. `own`: what it reads anyway, for when nothing is left.
     POLYATTN_ALWAYS_INLINE LineRun<T> next_run(const T* own) {
         step();
         if (run_ == 0 || rows_ == 0) return {own, 0};

@@ -106,13 +106,13 @@ void row_sums(const T* rows, std::ptrdiff_t stride, index_t count, index_t colum
     constexpr int width = lanes<T, A>;
     for (index_t first = 0; first < count; first += width) {
         const index_t there = std::min<index_t>(width, count - first);
-        PerLane<T, A> rows_sums;
+        PerLane<T, A> own;
         for (index_t i = 0; i < width; ++i) {
-            rows_sums[i] = V(T(0));
-            for (index_t c = 0; i < there && c < columns; c += width) rows_sums[i] = rows_sums[i] + V::load_aligned(rows + (first + i) * stride + c);
+            own[i] = V(T(0));
+            for (index_t c = 0; i < there && c < columns; c += width) own[i] = own[i] + V::load_aligned(rows + (first + i) * stride + c);
         }
         alignas(64) T added[width];
-        lane_sums<T, A>(rows_sums).store_aligned(added);
+        lane_sums<T, A>(own).store_aligned(added);
         for (index_t i = 0; i < there; ++i) sums[first + i] += added[i];
     }
 }
@@ -312,7 +312,7 @@ protected:
                               causal_block, nullptr, false);
         }
         for (index_t i = 0; i < count_a; ++i)
-            if constexpr (lower) std::fill(triangle + i * causal_block + std::min(i + 1, causal_block), triangle + (i + 1) * causal_block, T(0));
+            if constexpr (lower) std::fill(triangle + i * causal_block + std::min({i + 1, count_b, causal_block}), triangle + (i + 1) * causal_block, T(0));
             else std::fill(triangle + i * causal_block, triangle + i * causal_block + i, T(0));
     }
 
@@ -334,7 +334,8 @@ protected:
             features_.template forward<true>(q_, query, queries, scratch.phi);
             features_.template forward<false>(k_, first, keys, scratch.other);
             make_triangle<true>(scratch.phi, queries, scratch.other, f_, keys, features, f_, turned, scratch.triangle);
-            row_dots<T, A>(scratch.phi, f_, queries, sums_, f_, scratch.numbers);
+            if (first > 0) row_dots<T, A>(scratch.phi, f_, queries, sums_, f_, scratch.numbers);
+            else std::fill_n(scratch.numbers, queries, T(0));  // sums of no keys, which infinite features must not meet
             row_sums<T, A>(scratch.triangle, causal_block, queries, causal_block, scratch.numbers);
             bool plain = set_inverses(query, queries, static_cast<T>(hop.walk), scratch.numbers);
             for (index_t i = queries; i < count; ++i) set_inverse(query + i, T(0), 0);

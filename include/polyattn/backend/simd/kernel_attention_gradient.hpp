@@ -65,12 +65,17 @@ public:
         T* const d_sums = workers_[0].template take<T>(f_ + (out ? columns_ + state_size() : 0)).data();  // and of the only hop the mean rows' share, and dS
         sum_in_chunks(queries, f_ + (out ? columns_ + state_size() : 0), d_sums, nullptr, 0, [&](index_t first, index_t count, const Scratch& scratch, T* part) {
             features_.template forward<true>(q_, first, count, scratch.phi);
-            for (index_t i = 0; i < count; ++i) scratch.factors[i] = Base::factor(first + i);
-            if (!row_means.empty())
-                for (index_t i = 0; i < count; ++i) scratch.numbers[i] = -row_means[static_cast<std::size_t>(first + i)] * scratch.factors[i];
+            for (index_t i = 0; i < count; ++i) {
+                const T factor = scratch.factors[i] = Base::factor(first + i);
+                if (!row_means.empty()) scratch.numbers[i] = factor == 0 ? T(0) : -row_means[static_cast<std::size_t>(first + i)] * factor;
+                if (factor == 0) std::fill_n(scratch.phi + offset_t{i} * f_, f_, T(0));  // may be infinite, and has no part in any sum
+            }
             for (offset_t k = 0; k < count_terms; ++k) {
                 const Rows<T> g = terms[static_cast<std::size_t>(k)].g;
-                scale_gradients(g, first, count, scratch.factors, row_means.empty() ? gradient.hops + offset_t{first} * inner : nullptr, scratch.other, scratch.numbers);
+                scale_gradients(g, first, count, scratch.factors, scratch.other);
+                if (row_means.empty())
+                    for (index_t i = 0; i < count; ++i)
+                        scratch.numbers[i] = scratch.factors[i] == 0 ? T(0) : -dot<T, A>(scratch.other + offset_t{i} * columns_, gradient.hops + offset_t{first + i} * inner, inner);
                 const NextRows<T> ahead = Base::next_rows(g, first + count, queries, columns_);
                 if (k + 1 < count_terms) row_product<T, A>(scratch.other, columns_, count, inner, turned + k * columns_ * f_, f_, f_, scratch.d_phi, f_, nullptr, k > 0, ahead);
                 else product_through_features(scratch.other, columns_, count, turned + k * columns_ * f_, scratch.numbers, sums, k > 0, q_, first, scratch, gradient.d_q, false, ahead,
@@ -145,9 +150,6 @@ private:
     /// Rows of B; zeros for means and empty rows.
     void scaled_queries(index_t first, index_t count, T* phi) const {
         features_.template forward<true>(q_, first, count, phi);
-        scale_queries(first, count, phi);
-    }
-    void scale_queries(index_t first, index_t count, T* phi) const {
         for (index_t i = 0; i < count; ++i) {
             const T factor = Base::factor(first + i);
             T* const row = phi + offset_t{i} * f_;
@@ -155,14 +157,12 @@ private:
             else scale_row<T, A>(row, factor, f_, row);
         }
     }
-    /// to[count][columns_] = factors[i] g[first + i], zeros for a factor of 0; with the rows of `out`, means[i] = -factors[i] (g . out)[i].
-    void scale_gradients(Rows<T> g, index_t first, index_t count, const T* factors, const T* out, T* to, T* means) const {
-        const index_t inner = head_.v.cols;
+    /// to[count][columns_] = factors[i] g[first + i], zeros for a factor of 0.
+    void scale_gradients(Rows<T> g, index_t first, index_t count, const T* factors, T* to) const {
         for (index_t i = 0; i < count; ++i) {
             T* const row = to + offset_t{i} * columns_;
             if (factors[i] == 0) std::fill_n(row, columns_, T(0));
             else scale_row<T, A>(g.row(first + i), factors[i], columns_, row);
-            if (out) means[i] = factors[i] == 0 ? T(0) : -dot<T, A>(row, out + offset_t{i} * inner, inner);
         }
     }
     /// d_x of some rows: weights[i] start + a x, and scratch.d_phi if `add`, through the features, which scratch.phi has. Null weights: 1.
@@ -170,10 +170,9 @@ private:
                                                     const Scratch& scratch, MatrixView<T> d_x, bool adds, NextRows<T> next, NextRows<T> also) const {
         if (count == 0) return;
         constexpr bool entries = !decltype(features_)::random;
-        // Straight to d_x where whole vectors can be.
-        const bool direct = entries && !adds && d_x.col_stride == 1 && f_ == head_.q.cols;
-        T* const to = direct ? &d_x(first, 0) : scratch.d_phi;
-        const std::ptrdiff_t stride = direct ? d_x.row_stride : f_;
+        T* const own = features_.rows_in_place(d_x, first, adds);
+        T* const to = own ? own : scratch.d_phi;
+        const std::ptrdiff_t stride = own ? d_x.row_stride : f_;
         product_tiles<T, A>(a, a_stride, count, head_.v.cols, x, f_, f_,
                             [&](index_t i, index_t c) POLYATTN_INLINE_LAMBDA {
                                 return multiply_add(V(weights ? weights[i] : T(1)), V::load_unaligned(start + c), add ? V::load_aligned(scratch.d_phi + offset_t{i} * f_ + c) : V(T(0)));
@@ -183,7 +182,7 @@ private:
                                 sums.store_unaligned(to + i * stride + c);
                             }, next, also);
         if constexpr (entries) {
-            if (!direct)
+            if (!own)
                 for (index_t i = 0; i < count; ++i) store_row<A>(d_x, first + i, to + i * stride, adds);
         } else features_.backward(rows, first, count, scratch.phi, scratch.d_phi, scratch.rows, d_x, adds);
     }
@@ -232,10 +231,10 @@ private:
         T* const states = workers_[0].template take<T>(count_terms * size).data();
         T *const sums = zeros(f_), *const turned = zeros(offset_t{Base::widest()} * causal_block), *const more = zeros(offset_t{causal_block} * causal_block);
         std::fill_n(states, count_terms * size, T(0));
-        const auto add_block = [&](const T* phi, index_t first, index_t count, auto rows_of_term) {
+        const auto add_block = [&](const T* phi, index_t count, auto rows_of_term) {
             for (std::size_t k = 0; k < terms.size(); ++k) {
                 const Rows<T> rows = rows_of_term(terms[k]);
-                outer_sum<T, A>(rows.row(first), rows.stride, inner, Rows<T>{phi, f_}, 0, count, f_, states + static_cast<offset_t>(k) * size);
+                outer_sum<T, A>(rows.data, rows.stride, inner, Rows<T>{phi, f_}, 0, count, f_, states + static_cast<offset_t>(k) * size);
             }
         };
         // triangle[a][b] = sum_k rows_a . rows_b - m of the query among them
@@ -257,13 +256,13 @@ private:
         const auto load_numbers = [&](index_t query, index_t queries) {
             for (index_t i = 0; i < queries; ++i) {
                 scratch.factors[i] = Base::factor(query + i);
-                scratch.numbers[i] = -row_means[static_cast<std::size_t>(query + i)];
+                scratch.numbers[i] = scratch.factors[i] == 0 ? T(0) : -row_means[static_cast<std::size_t>(query + i)];
             }
         };
         for (index_t j = 0; j < prefix; j += block) {
             const index_t count = std::min(block, prefix - j);
             features_.template forward<false>(k_, j, count, scratch.phi);
-            add_block(scratch.phi, j, count, [](const WeightGradientTerm<T>& term) { return term.z; });
+            add_block(scratch.phi, count, [&](const WeightGradientTerm<T>& term) { return Rows<T>{term.z.row(j), term.z.stride}; });
             Base::add_rows(scratch.phi, f_, count, sums);
         }
         Base::for_each_causal_block([&](index_t first, index_t keys, index_t queries) {
@@ -281,7 +280,7 @@ private:
                 if (T* const row = scratch.d_phi + offset_t{i} * f_; scratch.factors[i] == 0) std::fill_n(row, f_, T(0));
                 else if (terms.size() > 1) scale_row<T, A>(row, scratch.factors[i], f_, row);
             features_.backward(q_, query, queries, scratch.phi, scratch.d_phi, scratch.rows, gradient.d_q, false);
-            add_block(scratch.other, first, keys, [](const WeightGradientTerm<T>& term) { return term.z; });
+            add_block(scratch.other, keys, [&](const WeightGradientTerm<T>& term) { return Rows<T>{term.z.row(first), term.z.stride}; });
             Base::add_rows(scratch.other, f_, keys, sums);
         });
         std::fill_n(states, count_terms * size, T(0));
@@ -297,7 +296,14 @@ private:
                                         Base::hides_non_finite(scratch.phi, f_, queries, f_), Base::next_rows(terms[0].z, block_before(first), columns_), next_rows(gradient.d_k, block_before(first)));
             add_terms(terms, whole, keys, scratch.d_phi);
             features_.backward(k_, first, keys, scratch.other, scratch.d_phi, scratch.rows, gradient.d_k, gradient.adds_to_keys);
-            add_block(scratch.phi, query, queries, [](const WeightGradientTerm<T>& term) { return term.g; });
+            const bool all = std::find(scratch.factors, scratch.factors + queries, T(0)) == scratch.factors + queries;
+            add_block(scratch.phi, queries, [&](const WeightGradientTerm<T>& term) {
+                if (all) return Rows<T>{term.g.row(query), term.g.stride};
+                for (index_t i = 0; i < queries; ++i)  // what rows without a part get may be NaN
+                    if (scratch.factors[i] == 0) std::fill_n(scratch.rows + offset_t{i} * columns_, columns_, T(0));
+                    else std::copy_n(term.g.row(query + i), columns_, scratch.rows + offset_t{i} * columns_);
+                return Rows<T>{scratch.rows, columns_};
+            });
             Base::add_rows(scratch.phi, f_, queries, sums, scratch.numbers);
         }, true);
         for (index_t j = 0; j < prefix; j += block) {

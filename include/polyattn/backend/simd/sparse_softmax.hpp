@@ -399,7 +399,7 @@ protected:
 
     /// dots[edge] (+)= factor * a[query] . b[key].
     void edge_dots(Rows<T> a, T factor, const Parts<T>& b, std::span<T> dots, bool add) {
-        const bool ahead = is_out_of_cache(b);
+        const bool ahead = fetches_gathers(b);
         for_each_part<T, A>(b, [&](auto vectors, index_t p) {
             parallel_rows(head_.q.rows, [&](index_t i) {
                 const auto [first, last] = edge_range(i);
@@ -521,7 +521,7 @@ protected:
     void sum_edges(const Parts<T>& x, T factor, T* out, std::ptrdiff_t out_stride, const Parts<T>* copy) {
         using V = Vec<T, A>;
         constexpr int width = Tiles::lanes;
-        const bool ahead = is_out_of_cache(x);
+        const bool ahead = fetches_gathers(x);
         for_each_part<T, A>(x, [&](auto vectors, index_t p) {
             constexpr int N = vectors;
             parallel_rows(head_.q.rows, [&](index_t i) {

@@ -128,8 +128,9 @@ public:
     }
 
     /// The dense part of A^T needs the weights only, so it can share its pass with the gradient of the weights.
-    bool makes_row_means() const { return false; }
     bool shares_passes() const { return !stored_ && !head_.dropout.drops_weights(); }
+    /// weights_gradient() wants them.
+    bool makes_row_means() const { return false; }
 
     /// out [keys][columns] = A^T x; rows of x without keys must be 0.
     void apply_transposed(Rows<T> x, T* out) {
@@ -362,7 +363,7 @@ private:
         const TransposedEdges& edges = plan_.template lowered<TransposedEdges>();
         const Parts<T> parts{sums_source_.data, head_.q.rows, columns};
         this->split(x, head_.q.rows, parts);
-        const bool ahead = is_out_of_cache(parts);
+        const bool ahead = fetches_gathers(parts);
         for_each_part<T, A>(parts, [&](auto vectors, index_t p) {
             constexpr int N = vectors;
             parallel_rows(plan_.keys(), [&](index_t j) {
