@@ -197,27 +197,28 @@ protected:
     /// Keys in front of the first causal block, which starts at the first position that a query stands at.
     index_t first_position() const { return std::max(offset(), index_t{0}); }
 
-    void set_inverse(index_t i, T sum, index_t visible) {
+    /// `quotient`: 1 / (sum + epsilon).
+    void set_inverse(index_t i, T sum, index_t visible, T quotient) {
         T& inverse = inverse_[static_cast<std::size_t>(i)];
         const T denominator = sum + static_cast<T>(head_.epsilon);
         if (i >= head_.query_length || visible <= 0 || (denominator == 0 && head_.zero != ZeroRow::mean)) inverse = empty_row<T>();
-        else inverse = denominator == 0 ? mean_row<T>() : 1 / denominator;
+        else inverse = denominator == 0 ? mean_row<T>() : quotient;
     }
-    /// The inverses of some rows that see all keys, from their denominators' sums, which become walk times factor(). True if none of them is a mean or empty.
+    /// The inverses of some rows that see keys, if there are any, from their denominators' sums, which become walk times factor(). True if none of the rows is a mean or empty.
+    /// Quotients come from vectors whatever the rows are: -ffast-math divides vectors and numbers differently, and a row must not hang on its neighbours.
     bool set_inverses(index_t first, index_t count, T walk, T* sums) {
-        bool plain = head_.key_length > 0 && first + count <= head_.query_length && count % width == 0;
-        for (index_t i = 0; plain && i < count; i += width) {
+        bool plain = head_.key_length > 0 && first + count <= head_.query_length;
+        alignas(64) T quotients[block];
+        std::fill(sums + count, sums + padded(count, width), T(1));
+        for (index_t i = 0; i < count; i += width) {
             const V denominator = V::load_aligned(sums + i) + V(static_cast<T>(head_.epsilon));
-            plain = !xsimd::any(denominator == V(T(0)));
-            (V(T(1)) / denominator).store_unaligned(&inverse_[static_cast<std::size_t>(first + i)]);
+            plain = plain && !xsimd::any(denominator == V(T(0)));
+            (V(T(1)) / denominator).store_aligned(quotients + i);
         }
-        if (plain)
-            for (index_t i = 0; i < count; ++i) sums[i] = walk * inverse_[static_cast<std::size_t>(first + i)];
-        else
-            for (index_t i = 0; i < count; ++i) {
-                set_inverse(first + i, sums[i], head_.key_length);
-                sums[i] = walk * factor(first + i);
-            }
+        for (index_t i = 0; i < count; ++i) {
+            set_inverse(first + i, sums[i], head_.key_length, quotients[i]);
+            sums[i] = walk * factor(first + i);
+        }
         return plain;
     }
     /// What a row's sum is multiplied by: nothing of a row that is a mean or empty.
@@ -326,7 +327,7 @@ protected:
         T *const total = workers_[0].template take<T>(columns_).data(), *const mean = workers_[0].template take<T>(columns_).data();
         start_scan(z, state, total);
         for (index_t i = 0; i < std::min(-offset(), head_.q.rows); ++i) {  // stand in front of the first key
-            set_inverse(i, T(0), 0);
+            set_inverse(i, T(0), 0, T(0));
             std::fill_n(out + i * out_stride, columns_, T(0));
         }
         for_each_causal_block([&](index_t first, index_t keys, index_t queries) {
@@ -338,7 +339,7 @@ protected:
             else std::fill_n(scratch.numbers, queries, T(0));  // sums of no keys, which infinite features must not meet
             row_sums<T, A>(scratch.triangle, causal_block, queries, causal_block, scratch.numbers);
             bool plain = set_inverses(query, queries, static_cast<T>(hop.walk), scratch.numbers);
-            for (index_t i = queries; i < count; ++i) set_inverse(query + i, T(0), 0);
+            for (index_t i = queries; i < count; ++i) set_inverse(query + i, T(0), 0, T(0));
             T* const to = out + query * out_stride;
             const index_t next = first + count, next_query = query + count;
             causal_product<true, T, A>({scratch.triangle, causal_block, keys, z.row(first), z.stride}, {scratch.phi, f_, features, state, columns_}, queries, columns_, nullptr, nullptr,
