@@ -131,17 +131,14 @@ void backward(const AnyHead& head, const HeadGradient<T>& gradient, Workers& wor
         }
         bool as_they_are = walk == 1;  // rows of g, without those that are not alive
         for (index_t i = 0; as_they_are && i < rows; ++i) as_they_are = attention.is_alive(i);
-        if (as_they_are && fused && teleport == 0 && !head.dropout.drops_values() && attention.makes_row_means()) {
-            terms[0].g = g;
-            summed = in_place ? in_place : arena.take<T>(offset_t{keys} * columns).data();
-            break;
-        }
-        if (row_means.empty()) {
+        // A pass over g and the outputs that the operator has in hand anyway.
+        const bool makes_means = as_they_are && fused && teleport == 0 && !head.dropout.drops_values() && attention.makes_row_means();
+        if (!makes_means && row_means.empty()) {
             row_means = arena.take<T>(rows);
             std::fill(row_means.begin(), row_means.end(), T(0));
         }
         T* const scaled = as_they_are ? nullptr : arena.take<T>(offset_t{rows} * columns).data();
-        parallel_rows(rows, [&](index_t i) {
+        parallel_rows(makes_means ? 0 : rows, [&](index_t i) {
             const T* const from = g.row(i);
             if (!attention.is_alive(i)) {
                 std::fill_n(scaled + offset_t{i} * columns, columns, T(0));
