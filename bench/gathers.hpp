@@ -24,7 +24,7 @@ struct Gathers {
 
     template <class F>
     void for_each_row(F&& f) {
-        const bool ahead = detail::simd::is_out_of_cache(parts);
+        const bool ahead = detail::simd::fetches_gathers(parts);
         detail::simd::for_each_part<float, Arch>(parts, [&](auto vectors, index_t p) {
             for (index_t i = 0; i < plan.queries(); ++i) f(vectors, p, i, ahead ? plan.edges().count() - first(i) : 0);
         });
