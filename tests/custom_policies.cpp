@@ -32,6 +32,7 @@ struct PowersOfTwo {
 /// The mean of V, A V and A^2 V.
 struct Averaged {
     using policy_kind = diffusion_kind;
+    static constexpr int hops = 2;
     Recursion recursion() const { return Recursion::from_polynomial(std::array{1. / 3, 1. / 3, 1. / 3}); }
 };
 

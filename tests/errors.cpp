@@ -21,6 +21,13 @@ struct BadCase {
     std::function<void()> call;
 };
 
+/// A diffusion that breaks its word.
+struct SaysTwoHops {
+    using policy_kind = diffusion_kind;
+    static constexpr int hops = 2;
+    Recursion recursion() const { return {1, {Hop{}}}; }
+};
+
 void check(const std::vector<BadCase>& cases) {
     for (const BadCase& bad : cases) {
         INFO("wanted: ", bad.argument, " / ", bad.wanted, " / ", bad.got);
@@ -129,6 +136,7 @@ TEST_CASE("diffusion, scores and biases") {
         {"t", "a diffusion time from 0 to 1000", "a value that is not finite", build(HeatKernel<3>{.t = infinity})},
         {"theta", "finite coefficients", "one that is not", build(Polynomial<1>{{not_a_number, 1}})},
         {"theta", "at least one coefficient", "0", [] { Recursion::from_polynomial({}); }},
+        {"recursion", "2 hops, as the policy says", "1", build(SaysTwoHops{})},
         {"scale", "a finite factor (0 for 1 / sqrt(d))", "a value that is not finite", build(Softmax{.scale = not_a_number})},
         {"heads", "a number of heads >= 1", "0", [] { Alibi(0); }},
         {"table", "6 entries", "5", build(RelativePosition{.heads = 2, .reach = 1, .table = {1, 2, 3, 4, 5}})},

@@ -401,7 +401,7 @@ private:
         const index_t group = k.heads() == 0 ? 0 : q.heads() / k.heads();
         const offset_t states_of_head = states ? state_size<T>(q.dim(), v.dim()) : 0;
         const auto lines = static_cast<offset_t>(recursion_.hops.size()) * q.tokens() * v.dim();
-        if constexpr (!std::is_same_v<Backend, Reference> && !kernel)
+        if constexpr (!std::is_same_v<Backend, Reference> && !kernel && detail::may_have_one_hop<Diffusion>())
             if (q.tokens() == 1 && group > 0 && plans.shared && detail::simd::is_decoding(make_head<T>(q, k, v, *plans.shared, bound, options, 0, 0, 0))) {
                 // Heads that share keys read them once.
                 for_each_item(offset_t{k.batch()} * k.heads(), workspace, options.workspace != nullptr, [&](offset_t item, detail::Workers& workers) {

@@ -7,6 +7,7 @@
 #include <polyattn/policy/diffusion/concept.hpp>
 
 #include <optional>
+#include <utility>
 
 POLYATTN_BEGIN_NAMESPACE
 
@@ -43,13 +44,20 @@ const Plan& plan_of(std::span<const Plan> plans, const TensorView<T>& q, index_t
     return plans[static_cast<std::size_t>(plans.size() == static_cast<std::size_t>(q.batch()) ? b : b * q.heads() + h)];
 }
 
-inline void check_recursion(const Recursion& recursion) {
+/// The steps of a diffusion whose parameters are in range. Throws invalid_input.
+template <class Diffusion>
+Recursion checked_recursion(const Diffusion& diffusion) {
+    validate(diffusion);
+    const Recursion recursion = diffusion.recursion();
     const auto check = [](double factor) { require(is_finite(factor), "recursion", "finite factors", "one that is not"); };
     check(recursion.start);
     for (const Hop& hop : recursion.hops) {
         check(hop.walk);
         check(hop.teleport);
     }
+    if constexpr (requires { Diffusion::hops; })
+        require(std::cmp_equal(recursion.hops.size(), Diffusion::hops), "recursion", [] { return text(Diffusion::hops, " hops, as the policy says"); }, recursion.hops.size());
+    return recursion;
 }
 inline void check_lengths(const std::vector<index_t>& lengths, index_t batch, index_t tokens, const char* argument) {
     if (lengths.empty()) return;

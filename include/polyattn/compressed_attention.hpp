@@ -34,9 +34,7 @@ public:
 
     CompressedLayer(Compression compression, Diffusion diffusion, Inner inner) : compression_(std::move(compression)), diffusion_(std::move(diffusion)), inner_(std::move(inner)) {
         detail::validate(compression_);
-        detail::validate(diffusion_);
-        recursion_ = diffusion_.recursion();
-        detail::check_recursion(recursion_);
+        recursion_ = detail::checked_recursion(diffusion_);
     }
 
     const Compression& compression() const { return compression_; }

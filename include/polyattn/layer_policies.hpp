@@ -20,11 +20,9 @@ public:
           bias_(take<Bias>(policies)), cache_(std::make_shared<PlanCache>()) {
         validate(pattern_);
         validate(sampler_);
-        validate(diffusion_);
         validate(score_);
         validate(bias_);
-        recursion_ = diffusion_.recursion();
-        check_recursion(recursion_);
+        recursion_ = checked_recursion(diffusion_);
     }
 
     const Pattern& pattern() const { return pattern_; }

@@ -42,75 +42,76 @@ void for_each_key_run(const Plan& plan, index_t key_length, F&& f) {
     emit({edges.data(), 0, static_cast<index_t>(std::lower_bound(edges.begin(), edges.end(), key_length) - edges.begin())});
 }
 
-/// weights[head * stride + l] = queries[head] . row(l) for the keys l of one vector. Two heads share what is loaded of half of them. While the first heads work,
-/// row(l) + ahead is fetched, if that is not 0.
-template <class T, class A, class Row>
-POLYATTN_ALWAYS_INLINE void key_dots(const T* queries, index_t heads, index_t dim, Row&& row, std::ptrdiff_t ahead, T* weights, index_t stride) {
+/// weights[head][l] = queries[head] . keys[l] for the keys l of one vector. Two heads share what is loaded of half of them. While the first heads work,
+/// what lies `ahead` of the keys is fetched, if that is not 0.
+template <class T, class A>
+POLYATTN_ALWAYS_INLINE void key_dots(const T* queries, index_t heads, index_t dim, Rows<T> keys, std::ptrdiff_t ahead, T* weights, index_t weight_stride) {
     using V = Vec<T, A>;
     constexpr int width = lanes<T, A>, half = width / 2;
+    const std::ptrdiff_t four = 4 * keys.stride;  // four base pointers and one offset address all keys
     index_t m = 0;
-    for (; m + 2 <= heads; m += 2) {
-        const std::ptrdiff_t fetched = m == 0 ? ahead : 0;
-        unroll<2>([&](auto part) POLYATTN_INLINE_LAMBDA {
+    for (; m + 2 <= heads; m += 2)
+        for (int part = 0; part < width; part += half) {
+            const T* const base[4] = {keys.row(part), keys.row(part + 1), keys.row(part + 2), keys.row(part + 3)};
             PerLane<T, A> product;
             expand<width>([&]<int... L>(Ints<L...>) POLYATTN_INLINE_LAMBDA { ((product[L] = V(T(0))), ...); });
             for (index_t c = 0; c < dim; c += width) {
                 const V query[2] = {in_register<T, A>(V::load_aligned(queries + m * dim + c)), in_register<T, A>(V::load_aligned(queries + (m + 1) * dim + c))};
                 expand<half>([&]<int... L>(Ints<L...>) POLYATTN_INLINE_LAMBDA {
-                    ([&]() POLYATTN_INLINE_LAMBDA {
-                        const T* const at = row(std::integral_constant<int, part * half + L>{}) + c;
-                        const V key = in_register<T, A>(V::load_unaligned(at));
-                        if (fetched && c % cache_line<T> == 0) prefetch(at + fetched);
-                        product[L] = multiply_add(query[0], key, product[L]);
-                        product[L + half] = multiply_add(query[1], key, product[L + half]);
-                    }(), ...);
+                    const V key[half] = {in_register<T, A>(V::load_unaligned(base[L % 4] + L / 4 * four + c))...};
+                    if (m == 0 && ahead && c % cache_line<T> == 0) (prefetch(base[L % 4] + L / 4 * four + c + ahead), ...);
+                    ((product[L] = multiply_add(query[0], key[L], product[L])), ...);
+                    ((product[L + half] = multiply_add(query[1], key[L], product[L + half])), ...);
                 });
             }
             alignas(64) T dots[width];
             lane_sums<T, A>(product).store_aligned(dots);
-            std::copy_n(dots, half, weights + m * stride + part * half);
-            std::copy_n(dots + half, half, weights + (m + 1) * stride + part * half);
-        });
-    }
+            std::copy_n(dots, half, weights + m * weight_stride + part);
+            std::copy_n(dots + half, half, weights + (m + 1) * weight_stride + part);
+        }
     if (m == heads) return;
-    const std::ptrdiff_t fetched = m == 0 ? ahead : 0;
+    const T* const base[4] = {keys.row(0), keys.row(1), keys.row(2), keys.row(3)};
     PerLane<T, A> product;
     expand<width>([&]<int... L>(Ints<L...>) POLYATTN_INLINE_LAMBDA {
         ((product[L] = V(T(0))), ...);
         for (index_t c = 0; c < dim; c += width) {
             const V query = V::load_aligned(queries + m * dim + c);
-            ([&]() POLYATTN_INLINE_LAMBDA {
-                const T* const at = row(std::integral_constant<int, L>{}) + c;
-                if (fetched && c % cache_line<T> == 0) prefetch(at + fetched);
-                product[L] = multiply_add(query, V::load_unaligned(at), product[L]);
-            }(), ...);
+            if (m == 0 && ahead && c % cache_line<T> == 0) (prefetch(base[L % 4] + L / 4 * four + c + ahead), ...);
+            ((product[L] = multiply_add(query, V::load_unaligned(base[L % 4] + L / 4 * four + c), product[L])), ...);
         }
     });
-    lane_sums<T, A>(product).store_aligned(weights + m * stride);
+    lane_sums<T, A>(product).store_aligned(weights + m * weight_stride);
 }
 
-/// sums[head][columns] += sum over p < count of weights[head][p] * row(p)[columns] for M heads and N vectors of columns. Fetches row(p) + ahead, if that is not 0.
-template <int M, int N, class T, class A, class Row>
-POLYATTN_ALWAYS_INLINE void key_sums(const T* weights, index_t weight_stride, index_t count, Row&& row, std::ptrdiff_t ahead, T* sums, index_t sums_stride) {
+/// Rows that a tile fetches between its steps, four at a time.
+template <class T>
+struct RowRun {
+    Rows<T> rows;
+    index_t columns;  // 0: nothing is fetched
+
+    POLYATTN_ALWAYS_INLINE void fetch() {
+        for (index_t c = 0; c < columns; c += cache_line<T>)
+            for (int i = 0; i < 4; ++i) prefetch(rows.row(i) + c);
+        rows.data += 4 * rows.stride;
+    }
+};
+
+/// sums[head][columns] += sum over p < count of weights[head][p] * values[p][columns]. While the first heads work, what lies `ahead` of the values is fetched,
+/// if that is not 0.
+template <class T, class A>
+void add_values(const T* weights, index_t weight_stride, index_t heads, Rows<T> values, index_t count, std::ptrdiff_t ahead, index_t columns, T* sums) {
     using V = Vec<T, A>;
-    constexpr int width = lanes<T, A>, sets = std::max(1, 8 / (M * N));
-    V acc[sets][M * N];
-    unroll<sets>([&](auto s) POLYATTN_INLINE_LAMBDA {
-        expand<M * N>([&]<int... I>(Ints<I...>) POLYATTN_INLINE_LAMBDA { ((acc[s][I] = s == 0 ? V::load_aligned(sums + I / N * sums_stride + I % N * width) : V(T(0))), ...); });
-    });
-    const auto add = [&](auto set, index_t p) POLYATTN_INLINE_LAMBDA {
-        const T* const at = row(p);
-        if (ahead) expand<N>([&]<int... I>(Ints<I...>) POLYATTN_INLINE_LAMBDA { ((I * width % cache_line<T> == 0 ? prefetch(at + ahead + I * width) : void()), ...); });
-        V value[N];
-        expand<N>([&]<int... I>(Ints<I...>) POLYATTN_INLINE_LAMBDA { ((value[I] = in_register<T, A>(V::load_unaligned(at + I * width))), ...); });
-        expand<M * N>([&]<int... I>(Ints<I...>) POLYATTN_INLINE_LAMBDA { ((acc[set][I] = multiply_add(V(weights[I / N * weight_stride + p]), value[I % N], acc[set][I])), ...); });
-    };
-    index_t p = 0;
-    for (; p + sets <= count; p += sets) unroll<sets>([&](auto s) POLYATTN_INLINE_LAMBDA { add(s, p + s); });
-    for (; p < count; ++p) add(std::integral_constant<int, 0>{}, p);
-    expand<M * N>([&]<int... I>(Ints<I...>) POLYATTN_INLINE_LAMBDA {
-        unroll<sets - 1>([&](auto s) POLYATTN_INLINE_LAMBDA { ((acc[0][I] = acc[0][I] + acc[s + 1][I]), ...); });
-        (acc[0][I].store_aligned(sums + I / N * sums_stride + I % N * width), ...);
+    constexpr int width = lanes<T, A>;
+    for_each_key_tile<4>(heads, [&]<int M>(std::integral_constant<int, M>, index_t m) POLYATTN_INLINE_LAMBDA {
+        for_column_panels<M == 1 || Tiling<T, A>::registers == 32 ? 4 : Tiling<T, A>::columns, width>(columns, [&](auto vectors, index_t column) POLYATTN_INLINE_LAMBDA {
+            constexpr int N = vectors;
+            T* const to = sums + m * columns + column;
+            const T* const from = values.data + column;
+            V acc[M * N];
+            expand<M * N>([&]<int... I>(Ints<I...>) POLYATTN_INLINE_LAMBDA { ((acc[I] = V::load_aligned(to + I / N * columns + I % N * width)), ...); });
+            row_sum_tile<M, N, T, A>(acc, weights + m * weight_stride, weight_stride, from, values.stride, count, RowRun<T>{{from + ahead, values.stride}, m == 0 && ahead ? N * width : 0});
+            expand<M * N>([&]<int... I>(Ints<I...>) POLYATTN_INLINE_LAMBDA { (acc[I].store_aligned(to + I / N * columns + I % N * width), ...); });
+        });
     });
 }
 
@@ -144,11 +145,12 @@ void decode(std::span<const Head<T, Bias>> heads, std::span<const HeadResult<T>>
     const index_t state_size = padded(columns + 2, width);  // sums, reference, sum of weights
     T* const states = arena.take<T>(runs * rows * state_size).data();
     const auto scratch = arena.take<T*>(workers.count());
-    for (int w = 0; w < workers.count(); ++w) scratch[static_cast<std::size_t>(w)] = workers[w].template take<T>(offset_t{rows} * (block + columns)).data();
+    for (int w = 0; w < workers.count(); ++w) scratch[static_cast<std::size_t>(w)] = workers[w].template take<T>(offset_t{rows} * (block + columns) + block * (dim + columns)).data();
     const bool from_memory = offset_t{first.k.rows} * (dim + columns) * static_cast<offset_t>(sizeof(T)) > offset_t{8} << 20;
     parallel_for(runs, [&](offset_t r, int worker) {
         const KeyRun& run = chunks[static_cast<std::size_t>(r)];
         T *const weights = scratch[static_cast<std::size_t>(worker)], *const sums = weights + offset_t{rows} * block;
+        T *const copied_keys = sums + offset_t{rows} * columns, *const copied_values = copied_keys + block * dim;
         T* const state = states + r * rows * state_size;
         std::fill_n(sums, offset_t{rows} * columns, T(0));
         for (index_t m = 0; m < rows; ++m) {
@@ -157,24 +159,28 @@ void decode(std::span<const Head<T, Bias>> heads, std::span<const HeadResult<T>>
         }
         for (index_t at = 0; at < run.count; at += block) {
             const index_t count = std::min(block, run.count - at);
-            // The next block comes in meanwhile: the hardware does not see ahead where keys and values take turns. Row by row, since many lines at once hold up the arithmetic, but for lists.
-            const bool fetches = from_memory && !run.keys && run[at] + count + block <= first.k.rows;
-            for (index_t p = 0; p < count; p += width) {
-                if (from_memory && run.keys)
-                    for (index_t next = at + block + p; next < std::min(at + block + p + width, run.count); ++next) {
-                        for (index_t c = 0; c < dim; c += cache_line<T>) prefetch(k.row(run[next]) + c);
-                        for (index_t c = 0; c < columns; c += cache_line<T>) prefetch(v.row(run[next]) + c);
-                    }
-                if (!run.keys && p + width <= count) {  // four base pointers and one offset
-                    const T* const keys = k.row(run[at + p]);
-                    const T* const base[4] = {keys, keys + k.stride, keys + 2 * k.stride, keys + 3 * k.stride};
-                    const std::ptrdiff_t four = 4 * k.stride;
-                    key_dots<T, A>(queries, rows, dim, [&](auto l) POLYATTN_INLINE_LAMBDA { return base[l % 4] + l / 4 * four; }, fetches ? block * k.stride : 0, weights + p, block);
-                } else {
-                    const T* key[width];
-                    unroll<width>([&](auto l) POLYATTN_INLINE_LAMBDA { key[l] = k.row(run[at + std::min<index_t>(p + l, count - 1)]); });  // the last one stands for those behind
-                    key_dots<T, A>(queries, rows, dim, [&](auto l) POLYATTN_INLINE_LAMBDA { return key[l]; }, 0, weights + p, block);
+            const auto key_at = [&](index_t p) { return run[at + std::min(p, count - 1)]; };  // the last one stands for those behind
+            Rows<T> block_keys{k.row(key_at(0)), k.stride}, block_values{v.row(key_at(0)), v.stride};
+            // The next block comes in meanwhile: the hardware does not see ahead where keys and values take turns.
+            const bool fetches = from_memory && !run.keys && key_at(0) + count + block <= first.k.rows;
+            if (run.keys) {
+                for (index_t p = 0; p < padded(count, width); ++p) {
+                    std::copy_n(k.row(key_at(p)), dim, copied_keys + p * dim);
+                    std::copy_n(v.row(key_at(p)), columns, copied_values + p * columns);
+                    if (!from_memory || at + block + p >= run.count) continue;
+                    for (index_t c = 0; c < dim; c += cache_line<T>) prefetch(k.row(run[at + block + p]) + c);
+                    for (index_t c = 0; c < columns; c += cache_line<T>) prefetch(v.row(run[at + block + p]) + c);
                 }
+                block_keys = {copied_keys, dim};
+                block_values = {copied_values, columns};
+            }
+            for (index_t p = 0; p < count; p += width) {
+                Rows<T> vector{block_keys.row(p), block_keys.stride};
+                if (!run.keys && p + width > count) {
+                    for (index_t l = 0; l < width; ++l) std::copy_n(k.row(key_at(p + l)), dim, copied_keys + l * dim);
+                    vector = {copied_keys, dim};
+                }
+                key_dots<T, A>(queries, rows, dim, vector, fetches && p + width <= count ? block * k.stride : 0, weights + p, block);
             }
             for (index_t m = 0; m < rows; ++m) {
                 const std::span<T> own(weights + m * block, static_cast<std::size_t>(count));
@@ -192,18 +198,7 @@ void decode(std::span<const Head<T, Bias>> heads, std::span<const HeadResult<T>>
                 }
                 sum += exp2_in_place<T, A>(own, reference);
             }
-            const auto add_values = [&](auto together, index_t m) POLYATTN_INLINE_LAMBDA {
-                for_column_panels<together == 1 || Tiling<T, A>::registers == 32 ? 4 : Tiling<T, A>::columns, width>(columns, [&](auto vectors, index_t column) POLYATTN_INLINE_LAMBDA {
-                    const auto add = [&](auto row, std::ptrdiff_t fetched) POLYATTN_INLINE_LAMBDA {
-                        key_sums<together, vectors, T, A>(weights + m * block, block, count, row, fetched, sums + m * columns + column, columns);
-                    };
-                    if (run.keys) add([x = v.data + column, stride = v.stride, keys = run.keys + at](index_t p) POLYATTN_INLINE_LAMBDA { return x + keys[p] * stride; }, 0);
-                    else add([x = v.row(run[at]) + column, stride = v.stride](index_t p) POLYATTN_INLINE_LAMBDA { return x + p * stride; }, fetches && m == 0 ? block * v.stride : 0);
-                });
-            };
-            index_t m = 0;
-            for (; m + 4 <= rows; m += 4) add_values(std::integral_constant<int, 4>{}, m);
-            for (; m < rows; ++m) add_values(std::integral_constant<int, 1>{}, m);
+            add_values<T, A>(weights, block, rows, block_values, count, fetches ? block * v.stride : 0, columns, sums);
         }
         for (index_t m = 0; m < rows; ++m) std::copy_n(sums + m * columns, columns, state + m * state_size);
     });

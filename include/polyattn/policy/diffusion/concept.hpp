@@ -52,10 +52,21 @@ struct Recursion {
 };
 
 /// A DiffusionPolicy turns the attention operator A into a polynomial of it: recursion() gives the steps. A policy that
-/// thinks in coefficients returns Recursion::from_polynomial(theta).
+/// thinks in coefficients returns Recursion::from_polynomial(theta). One that always has the same number of hops may say so, `static constexpr int hops`: layers
+/// then compile faster.
 template <class P>
 concept DiffusionPolicy = PolicyOf<P, diffusion_kind> && requires(const P& policy) {
     { policy.recursion() } -> std::same_as<Recursion>;
 };
+
+namespace detail {
+
+template <class Diffusion>
+constexpr bool may_have_one_hop() {
+    if constexpr (requires { Diffusion::hops; }) return Diffusion::hops == 1;
+    else return true;
+}
+
+}  // namespace detail
 
 POLYATTN_END_NAMESPACE

@@ -11,6 +11,7 @@ POLYATTN_BEGIN_NAMESPACE
 /// out = A V: plain attention.
 struct NoDiffusion {
     using policy_kind = diffusion_kind;
+    static constexpr int hops = 1;
     Recursion recursion() const { return {1, {Hop{1, 0}}}; }
 };
 
@@ -21,6 +22,7 @@ template <int K>
 struct PPR {
     static_assert(K >= 0, "polyattn: PPR<K> needs K >= 0 hops");
     using policy_kind = diffusion_kind;
+    static constexpr int hops = K;
     double alpha = .1;
 
     void validate() const { detail::require_in_range(alpha, 0, 1, "alpha", "a teleport probability from 0 to 1"); }
@@ -33,6 +35,7 @@ template <int K>
 struct HeatKernel {
     static_assert(K >= 0, "polyattn: HeatKernel<K> needs K >= 0 hops");
     using policy_kind = diffusion_kind;
+    static constexpr int hops = K;
     double t = 3;
 
     void validate() const { detail::require_in_range(t, 0, 1e3, "t", "a diffusion time from 0 to 1000"); }
@@ -57,6 +60,7 @@ template <int K>
 struct Polynomial {
     static_assert(K >= 0, "polyattn: Polynomial<K> needs K >= 0 hops");
     using policy_kind = diffusion_kind;
+    static constexpr int hops = K;
     std::array<double, K + 1> theta;
 
     void validate() const { (void)recursion(); }
