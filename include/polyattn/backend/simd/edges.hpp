@@ -64,23 +64,20 @@ template <int N, class T, class A>
 POLYATTN_ALWAYS_INLINE void gather_sum(Vec<T, A> (&sum)[N], const index_t* keys, const T* weights, offset_t count, const T* part, offset_t known) {
     using V = Vec<T, A>;
     constexpr int width = lanes<T, A>, sets = N >= 8 ? 1 : 8 / N;
-    V acc[sets][N];
-    unroll<sets>([&](auto s) POLYATTN_INLINE_LAMBDA { unroll<N>([&](auto v) POLYATTN_INLINE_LAMBDA { acc[s][v] = V(T(0)); }); });
-    const auto add = [&](auto set, offset_t e) POLYATTN_INLINE_LAMBDA {
-        const V weight(weights[e]);
-        const T* const row = part + offset_t{keys[e]} * (N * width);
-        unroll<N>([&](auto v) POLYATTN_INLINE_LAMBDA { acc[set][v] = multiply_add(weight, V::load_aligned(row + v * width), acc[set][v]); });
-    };
+    V acc[sets * N];
+    const auto row = [&](offset_t e) POLYATTN_INLINE_LAMBDA { return part + offset_t{keys[e]} * (N * width); };
+    expand<sets * N>([&]<int... I>(Ints<I...>) POLYATTN_INLINE_LAMBDA { ((acc[I] = V(T(0))), ...); });
     offset_t e = 0;
     for (; e + sets <= count; e += sets) {
         if (e + sets + gather_ahead <= known)
-            for (int s = 0; s < sets; ++s) prefetch_row<N, T, A>(part + offset_t{keys[e + s + gather_ahead]} * (N * width));
-        unroll<sets>([&](auto s) POLYATTN_INLINE_LAMBDA { add(s, e + s); });
+            for (int s = 0; s < sets; ++s) prefetch_row<N, T, A>(row(e + s + gather_ahead));
+        expand<sets * N>([&]<int... I>(Ints<I...>) POLYATTN_INLINE_LAMBDA {
+            ((acc[I] = multiply_add(V(weights[e + I / N]), V::load_aligned(row(e + I / N) + I % N * width), acc[I])), ...);
+        });
     }
-    for (; e < count; ++e) add(std::integral_constant<int, 0>{}, e);
-    unroll<N>([&](auto v) POLYATTN_INLINE_LAMBDA {
-        unroll<sets>([&](auto s) POLYATTN_INLINE_LAMBDA { sum[v] = sum[v] + acc[s][v]; });
-    });
+    for (; e < count; ++e)
+        expand<N>([&]<int... I>(Ints<I...>) POLYATTN_INLINE_LAMBDA { ((acc[I] = multiply_add(V(weights[e]), V::load_aligned(row(e) + I * width), acc[I])), ...); });
+    expand<sets * N>([&]<int... I>(Ints<I...>) POLYATTN_INLINE_LAMBDA { ((sum[I % N] = sum[I % N] + acc[I]), ...); });
 }
 
 /// Sums of the lanes of each vector, in order.
@@ -98,7 +95,7 @@ POLYATTN_ALWAYS_INLINE Vec<T, A> lane_sums(PerLane<T, A>& x) {
 
 /// dots[e] (+)= factor * a . part[keys[e]] for e < count.
 template <int N, class T, class A>
-POLYATTN_ALWAYS_INLINE void gather_dots(const T* a, T factor, const index_t* keys, offset_t count, const T* part, offset_t known, T* dots, bool add) {
+void gather_dots(const T* a, T factor, const index_t* keys, offset_t count, const T* part, offset_t known, T* dots, bool add) {
     using V = Vec<T, A>;
     constexpr int width = lanes<T, A>;
     V own[N];

@@ -275,15 +275,18 @@ POLYATTN_NOINLINE void score_block(Bounds positions, const Head<T, Bias>& head, 
         T* out[G];
         for (int g = 0; g < G; ++g) out[g] = groups[static_cast<std::size_t>(g)].weights_at(position);
         const auto place = [&](int vector) POLYATTN_INLINE_LAMBDA { return out[vector % vectors / of_group] + vector / vectors * group_size + vector % of_group * lanes; };
+        // f(Ints<..>) with the indices of group g's vectors.
+        const auto expand_own = [&](auto g, auto&& f) POLYATTN_INLINE_LAMBDA {
+            expand<M * of_group>([&]<int... I>(Ints<I...>) POLYATTN_INLINE_LAMBDA { f(Ints<(I / of_group * vectors + g * of_group + I % of_group)...>{}); });
+        };
         // Rare cases are out of line and go through memory, where the weights will be: the tile itself must never have an address, or
         // it lives there.
         const auto through_memory = [&](auto g, auto&& f) POLYATTN_INLINE_LAMBDA {
-            const auto for_own = [&](auto&& move) POLYATTN_INLINE_LAMBDA {
-                unroll<M * of_group>([&](auto v) POLYATTN_INLINE_LAMBDA { move(std::integral_constant<int, v / of_group * vectors + g * of_group + v % of_group>{}); });
-            };
-            for_own([&](auto i) POLYATTN_INLINE_LAMBDA { score[i].store_aligned(place(i)); });
-            f();
-            for_own([&](auto i) POLYATTN_INLINE_LAMBDA { score[i] = V::load_aligned(place(i)); });
+            expand_own(g, [&]<int... I>(Ints<I...>) POLYATTN_INLINE_LAMBDA {
+                (score[I].store_aligned(place(I)), ...);
+                f();
+                ((score[I] = V::load_aligned(place(I))), ...);
+            });
         };
         unroll<G>([&](auto g) POLYATTN_INLINE_LAMBDA {
             const ScoredGroup<T>& own = groups[g];
@@ -294,9 +297,8 @@ POLYATTN_NOINLINE void score_block(Bounds positions, const Head<T, Bias>& head, 
                 if constexpr (DistanceTable<T, Bias>::exists)
                     if (own.group->consecutive && !block.tile->keys.is_list() && distances.row(own.group->rows[0], block.key(p))) near = distances.row(own.group->rows[0], block.key(p + M - 1));
                 if (near)  // queries and keys run on: the rows of later keys lie before
-                    unroll<M * of_group>([&](auto v) POLYATTN_INLINE_LAMBDA {
-                        constexpr int i = v / of_group * vectors + g * of_group + v % of_group;
-                        score[i] = score[i] + V::load_unaligned(near + (M - 1 - v / of_group) + v % of_group * lanes);
+                    expand_own(g, [&]<int... I>(Ints<I...>) POLYATTN_INLINE_LAMBDA {
+                        ((score[I] = score[I] + V::load_unaligned(near + (M - 1 - I / vectors) + I % of_group * lanes)), ...);
                     });
                 else through_memory(g, [&] { add_biases<T, A>(block, head, distances, *own.group, p, M, out[g]); });
             }
@@ -327,7 +329,7 @@ POLYATTN_NOINLINE void score_block(Bounds positions, const Head<T, Bias>& head, 
                 (sum[J].store_aligned(group_of(J).state->sum + J % of_group * lanes), ...);
             });
     };
-    for_each_score_tile<K::score_keys, G>(positions.size(), tile);
+    for_each_key_tile<K::score_keys, (G > 1)>(positions.size(), tile);
 }
 
 /// Multiplies the weights of a block by dropout's mask.

@@ -415,7 +415,7 @@ private:
                 (sum[I].store_aligned(d_scores[I % vectors / of_group] + at + I / vectors * group_size + I % of_group * lanes), ...);
             });
         };
-        for_each_score_tile<Tiles::score_keys, G>(positions.size(), tile);
+        for_each_key_tile<Tiles::score_keys, (G > 1)>(positions.size(), tile);
     }
 
     /// From dL/dA to dL/dscore = weight * (mask * dL/dA - row mean).

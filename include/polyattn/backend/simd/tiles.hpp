@@ -129,20 +129,16 @@ POLYATTN_ALWAYS_INLINE void transposed_sum_tile(Vec<T, A> (&acc)[M * N], const T
     }
 }
 
-/// Calls f(integral_constant keys, position) so that tiles of M keys, then of some, then of one cover `keys`.
-template <int M, class F>
-POLYATTN_ALWAYS_INLINE void for_each_key_tile(index_t keys, F&& f, index_t position = 0) {
-    for (; position + M <= keys; position += M) f(std::integral_constant<int, M>{}, position);
-    if constexpr (M > 1)
-        if (position < keys) for_each_key_tile<(M > 4 ? 4 : 1)>(keys, f, position);
-}
-
-/// The same with score tiles of G groups; several groups take whole tiles alone, which keeps the code small.
-template <int M, int G, class F>
-POLYATTN_ALWAYS_INLINE void for_each_score_tile(index_t keys, F&& f) {
-    if constexpr (G == 1) for_each_key_tile<M>(keys, f);
-    else
-        for (index_t position = 0; position < keys; position += M) f(std::integral_constant<int, M>{}, position);
+/// Calls f(integral_constant keys, position) so that tiles of M keys, then of four, then of one cover `keys`. With `whole` tiles of M alone do, which keeps the code
+/// small. A flat function: what inlines f is optimised again with every function around it.
+template <int M, bool Whole = false, class F>
+POLYATTN_ALWAYS_INLINE void for_each_key_tile(index_t keys, F&& f) {
+    index_t position = 0;
+    for (; Whole ? position < keys : position + M <= keys; position += M) f(std::integral_constant<int, M>{}, position);
+    if constexpr (M > 4 && !Whole)
+        for (; position + 4 <= keys; position += 4) f(std::integral_constant<int, 4>{}, position);
+    if constexpr (M > 1 && !Whole)
+        for (; position < keys; ++position) f(std::integral_constant<int, 1>{}, position);
 }
 
 /// Transposes 16 rows to [column][16], times `factor`.

@@ -132,10 +132,7 @@ using Ints = std::integer_sequence<int, I...>;
 /// Calls f(integral_constant N) for the N of 1 .. Most that `count` is.
 template <int Most, class F>
 POLYATTN_ALWAYS_INLINE void with_count(int count, F&& f) {
-    if constexpr (Most > 1) {
-        if (count < Most) return with_count<Most - 1>(count, f);
-    }
-    f(std::integral_constant<int, Most>{});
+    [&]<int... I>(Ints<I...>) POLYATTN_INLINE_LAMBDA { ((count == I + 1 ? f(std::integral_constant<int, I + 1>{}) : void()), ...); }(std::make_integer_sequence<int, Most>{});
 }
 
 /// As many vectors (or other things) as a vector has lanes.
