@@ -67,14 +67,11 @@ POLYATTN_ALWAYS_INLINE void product_tiles(const T* a, std::ptrdiff_t a_stride, i
     using V = Vec<T, A>;
     using K = Tiling<T, A>;
     for (NextRows<T>* fetched : {&next, &also}) fetched->spread(tile_count<T, A>(rows, columns), inner / 4);
-    for_column_panels<K::columns, K::lanes>(columns, [&](auto width, index_t column) POLYATTN_INLINE_LAMBDA {
-        for_each_key_tile<K::rows>(rows, [&](auto height, index_t row) POLYATTN_INLINE_LAMBDA {
-            constexpr int M = height, N = width;
-            V acc[M * N];
-            expand<M * N>([&]<int... I>(Ints<I...>) POLYATTN_INLINE_LAMBDA { ((acc[I] = begin(row + I / N, column + I % N * K::lanes)), ...); });
-            row_sum_tile<M, N, T, A>(acc, a + row * a_stride, a_stride, x + column, x_stride, inner, next.next_run(x), also.next_run(x));
-            expand<M * N>([&]<int... I>(Ints<I...>) POLYATTN_INLINE_LAMBDA { (end(row + I / N, column + I % N * K::lanes, acc[I]), ...); });
-        });
+    for_each_tile<T, A>(rows, columns, [&]<int M, int N>(std::integral_constant<int, M>, std::integral_constant<int, N>, index_t row, index_t column) POLYATTN_INLINE_LAMBDA {
+        V acc[M * N];
+        expand<M * N>([&]<int... I>(Ints<I...>) POLYATTN_INLINE_LAMBDA { ((acc[I] = begin(row + I / N, column + I % N * K::lanes)), ...); });
+        row_sum_tile<M, N, T, A>(acc, a + row * a_stride, a_stride, x + column, x_stride, inner, next.next_run(x), also.next_run(x));
+        expand<M * N>([&]<int... I>(Ints<I...>) POLYATTN_INLINE_LAMBDA { (end(row + I / N, column + I % N * K::lanes, acc[I]), ...); });
     });
 }
 

@@ -13,12 +13,9 @@ namespace detail::simd {
 template <class T, class A>
 POLYATTN_NOINLINE void outer_sum(const T* phi, std::ptrdiff_t stride, index_t features, Rows<T> z, index_t first, index_t count, index_t columns, T* to, NextRows<T> next = {},
                                  NextRows<T> also = {}) {
-    using K = Tiling<T, A>;
     for (NextRows<T>* fetched : {&next, &also}) fetched->spread(tile_count<T, A>(features, columns), count / 4);
-    for_column_panels<K::columns, K::lanes>(columns, [&](auto width, index_t column) POLYATTN_INLINE_LAMBDA {
-        for_each_key_tile<K::rows>(features, [&](auto height, index_t f) POLYATTN_INLINE_LAMBDA {
-            weighted_sum_tile<height, width, T, A>(phi + f, z.row(first) + column, z.stride, count, to + offset_t{f} * columns + column, columns, true, stride, next.next_run(to), also.next_run(to));
-        });
+    for_each_tile<T, A>(features, columns, [&]<int M, int N>(std::integral_constant<int, M>, std::integral_constant<int, N>, index_t f, index_t column) POLYATTN_INLINE_LAMBDA {
+        weighted_sum_tile<M, N, T, A>(phi + f, z.row(first) + column, z.stride, count, to + offset_t{f} * columns + column, columns, true, stride, next.next_run(to), also.next_run(to));
     });
 }
 
@@ -40,27 +37,22 @@ POLYATTN_NOINLINE void causal_product(const ProductTerm<T>& triangle, const Prod
     using V = Vec<T, A>;
     using K = Tiling<T, A>;
     for (NextRows<T>* fetched : {&next, &also}) fetched->spread(tile_count<T, A>(rows, columns), whole.inner / 4);
-    for_column_panels<K::columns, K::lanes>(columns, [&](auto width, index_t column) POLYATTN_INLINE_LAMBDA {
-        const auto tile = [&](auto height, index_t row) POLYATTN_INLINE_LAMBDA {
-            constexpr int M = height, N = width;
-            const index_t from = lower ? 0 : std::min(row, triangle.inner), to = lower ? std::min<index_t>(row + M, triangle.inner) : triangle.inner;
-            V acc[M * N];
-            if (start)
-                expand<M * N>([&]<int... I>(Ints<I...>) POLYATTN_INLINE_LAMBDA {
-                    ((acc[I] = V(weights ? weights[row + I / N] : T(1)) * V::load_unaligned(start + column + I % N * K::lanes)), ...);
-                });
-            else expand<M * N>([&]<int... I>(Ints<I...>) POLYATTN_INLINE_LAMBDA { ((acc[I] = V(T(0))), ...); });
-            row_sum_tile<M, N, T, A>(acc, triangle.a + row * triangle.a_stride + from, triangle.a_stride, triangle.x + from * triangle.x_stride + column, triangle.x_stride, to - from);
-            row_sum_tile<M, N, T, A>(acc, whole.a + row * whole.a_stride, whole.a_stride, whole.x + column, whole.x_stride, whole.inner, next.next_run(whole.x), also.next_run(whole.x));
-            T* const at = out + row * out_stride + column;
+    const auto tile = [&]<int M, int N>(std::integral_constant<int, M>, std::integral_constant<int, N>, index_t row, index_t column) POLYATTN_INLINE_LAMBDA {
+        const index_t from = lower ? 0 : std::min(row, triangle.inner), to = lower ? std::min<index_t>(row + M, triangle.inner) : triangle.inner;
+        V acc[M * N];
+        if (start)
             expand<M * N>([&]<int... I>(Ints<I...>) POLYATTN_INLINE_LAMBDA {
-                ((factors ? acc[I] * V(factors[row + I / N]) : acc[I]).store_unaligned(at + I / N * out_stride + I % N * K::lanes), ...);
+                ((acc[I] = V(weights ? weights[row + I / N] : T(1)) * V::load_unaligned(start + column + I % N * K::lanes)), ...);
             });
-        };
-        if (careful)
-            for (index_t row = 0; row < rows; ++row) tile(std::integral_constant<int, 1>{}, row);
-        else for_each_key_tile<K::rows>(rows, tile);
-    });
+        else expand<M * N>([&]<int... I>(Ints<I...>) POLYATTN_INLINE_LAMBDA { ((acc[I] = V(T(0))), ...); });
+        row_sum_tile<M, N, T, A>(acc, triangle.a + row * triangle.a_stride + from, triangle.a_stride, triangle.x + from * triangle.x_stride + column, triangle.x_stride, to - from);
+        row_sum_tile<M, N, T, A>(acc, whole.a + row * whole.a_stride, whole.a_stride, whole.x + column, whole.x_stride, whole.inner, next.next_run(whole.x), also.next_run(whole.x));
+        T* const at = out + row * out_stride + column;
+        expand<M * N>([&]<int... I>(Ints<I...>) POLYATTN_INLINE_LAMBDA {
+            ((factors ? acc[I] * V(factors[row + I / N]) : acc[I]).store_unaligned(at + I / N * out_stride + I % N * K::lanes), ...);
+        });
+    };
+    for_each_tile<T, A>(rows, columns, tile, careful);
 }
 
 /// to[columns][stride] = from[rows][columns]^T.

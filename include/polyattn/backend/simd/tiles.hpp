@@ -64,7 +64,8 @@ POLYATTN_ALWAYS_INLINE void in_steps(index_t count, Step&& step, Runs&... runs) 
     if constexpr (sizeof...(Runs) > 0)
         for (; t + 4 <= count; t += 4) {
             (runs.fetch(), ...);
-            unroll<4>([&](auto i) POLYATTN_INLINE_LAMBDA { step(t + i); });
+            POLYATTN_UNROLL_4
+            for (index_t i = 0; i < 4; ++i) step(t + i);
         }
     POLYATTN_UNROLL_4
     for (; t < count; ++t) step(t);
@@ -163,6 +164,28 @@ POLYATTN_ALWAYS_INLINE void for_column_panels(index_t columns, F&& f) {
     for (index_t panel = 0; panel < panels; ++panel) {
         const index_t first = vectors * panel / panels, last = vectors * (panel + 1) / panels;
         with_count<N>(static_cast<int>(last - first), [&](auto width) POLYATTN_INLINE_LAMBDA { f(width, first * Lanes); });
+    }
+}
+
+/// Calls f(integral_constant M, integral_constant N, row, column) for tiles of M rows x N vectors that cover `rows` x `columns`, panel by panel: M is Tiling::rows, then 4,
+/// then 1, or always 1 if `one_by_one`. As flat as can be, like for_each_key_tile().
+template <class T, class A, class F>
+POLYATTN_ALWAYS_INLINE void for_each_tile(index_t rows, index_t columns, F&& f, bool one_by_one = false) {
+    using K = Tiling<T, A>;
+    const index_t vectors = columns / K::lanes, panels = (vectors + K::columns - 1) / K::columns, tiled = one_by_one ? 0 : rows;
+    const auto panel_of = [&](auto width, index_t column) POLYATTN_INLINE_LAMBDA {
+        index_t row = 0;
+        for (; row + K::rows <= tiled; row += K::rows) f(std::integral_constant<int, K::rows>{}, width, row, column);
+        if constexpr (K::rows > 4)
+            for (; row + 4 <= tiled; row += 4) f(std::integral_constant<int, 4>{}, width, row, column);
+        for (; row < rows; ++row) f(std::integral_constant<int, 1>{}, width, row, column);
+    };
+    static_assert(K::columns == 3);
+    for (index_t panel = 0; panel < panels; ++panel) {
+        const index_t first = vectors * panel / panels, width = vectors * (panel + 1) / panels - first;
+        if (width == 3) panel_of(std::integral_constant<int, 3>{}, first * K::lanes);
+        else if (width == 2) panel_of(std::integral_constant<int, 2>{}, first * K::lanes);
+        else panel_of(std::integral_constant<int, 1>{}, first * K::lanes);
     }
 }
 
