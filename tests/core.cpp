@@ -7,6 +7,7 @@
 #include <doctest/doctest.h>
 
 #include <atomic>
+#include <limits>
 #include <set>
 
 using namespace polyattn;
@@ -79,6 +80,28 @@ TEST_CASE("views: strides, heads, axes of one") {
     CHECK(one.strides[2] == 0);
     CHECK(tensor_view(memory.data(), {4, 5}).rank == 2);
 }
+
+#if defined(__SSE__)
+TEST_CASE("numbers below the smallest normal one are 0 in parallel_for, and nowhere else") {
+    const volatile float smallest = std::numeric_limits<float>::min(), half = .5f, denormal = std::numeric_limits<float>::denorm_min(), one = 1;
+    const auto kept = [&] { return smallest * half != 0 && denormal * one != 0; };
+    std::atomic<int> not_flushed = 0;
+    const auto body = [&](offset_t i, int) {
+        if (smallest * half != 0 || denormal * one != 0) ++not_flushed;
+        if (i == 50) throw std::runtime_error("fifty");
+    };
+    CHECK(kept());
+    for (const offset_t count : {1, 50}) parallel_for(count, body);
+    CHECK(kept());
+    CHECK_THROWS_AS(parallel_for(60, body), std::runtime_error);
+    CHECK(kept());
+    CHECK(not_flushed == 0);
+    // A caller who wants the mode keeps it.
+    const detail::FlushDenormals outer;
+    parallel_for(3, [](offset_t, int) {});
+    CHECK(!kept());
+}
+#endif
 
 TEST_CASE("parallel_for: every index once, nested calls, exceptions carried out") {
     std::vector<std::atomic<int>> seen(1000);
