@@ -130,7 +130,7 @@ POLYATTN_ALWAYS_INLINE void transposed_sum_tile(Vec<T, A> (&acc)[M * N], const T
     }
 }
 
-/// Calls f(integral_constant keys, position) so that tiles of M keys, then of four, then of one cover `keys`. With `whole` tiles of M alone do, which keeps the code
+/// Calls f(integral_constant keys, position) so that tiles of M keys, then of four, then of one cover `keys`. With `Whole`, tiles of M alone do, which keeps the code
 /// small. A flat function: what inlines f is optimised again with every function around it.
 template <int M, bool Whole = false, class F>
 POLYATTN_ALWAYS_INLINE void for_each_key_tile(index_t keys, F&& f) {
