@@ -36,6 +36,14 @@ struct Averaged {
     Recursion recursion() const { return Recursion::from_polynomial(std::array{1. / 3, 1. / 3, 1. / 3}); }
 };
 
+/// Any number of hops; its member is not the constant of that name.
+struct Steps {
+    using policy_kind = diffusion_kind;
+    int hops = 1;
+    Recursion recursion() const { return {1, std::vector<Hop>(static_cast<std::size_t>(hops), Hop{})}; }
+};
+static_assert(!detail::SaysHops<Steps> && detail::SaysHops<Averaged>);
+
 /// Keeps each key with probability one half, the same keys for all queries; causal layers always keep a query's own key.
 struct HalfOfTheKeys {
     using policy_kind = sampler_kind;
@@ -86,6 +94,21 @@ TEST_CASE("a pattern, a diffusion, a sampler and a bias of one's own, together, 
     check_same(gradient.q, exact_gradient.q);
     check_same(gradient.k, exact_gradient.k);
     check_same(gradient.v, exact_gradient.v);
+}
+
+TEST_CASE("a diffusion whose number of hops is data: one hop is plain attention, also for one query") {
+    POLYATTN_RANDOM(random);
+    const auto q = random_tensor(random), k = random_tensor(random), v = random_tensor(random);
+    const auto plain = Attention<>{}(q, k, v);
+    check_same(Attention{Steps{}}(q, k, v), plain);
+    check_same(Attention{Steps{.hops = 2}}(q, k, v), Attention<>{}(q, k, plain));
+    const auto last_row = [](const xt::xtensor<double, 3>& x) {
+        auto row = xt::xtensor<double, 3>::from_shape({2, 1, 8});
+        for (std::size_t h = 0; h < 2; ++h)
+            for (std::size_t c = 0; c < 8; ++c) row(h, 0, c) = x(h, 39, c);
+        return row;
+    };
+    check_same(Attention{Steps{}}(last_row(q), k, v), last_row(plain));
 }
 
 TEST_CASE("samplers: the plan is the pattern's intersection with the draw, new for every draw, causal where the pattern is") {

@@ -55,7 +55,7 @@ Recursion checked_recursion(const Diffusion& diffusion) {
         check(hop.walk);
         check(hop.teleport);
     }
-    if constexpr (requires { Diffusion::hops; })
+    if constexpr (SaysHops<Diffusion>)
         require(std::cmp_equal(recursion.hops.size(), Diffusion::hops), "recursion", [] { return text(Diffusion::hops, " hops, as the policy says"); }, recursion.hops.size());
     return recursion;
 }

@@ -3,6 +3,7 @@
 #include <polyattn/core/error.hpp>
 #include <polyattn/policy/concept.hpp>
 
+#include <concepts>
 #include <numeric>
 #include <span>
 #include <vector>
@@ -61,9 +62,15 @@ concept DiffusionPolicy = PolicyOf<P, diffusion_kind> && requires(const P& polic
 
 namespace detail {
 
+/// A static member, whose address is plain, not one of each object that happens to be called so.
+template <class Diffusion>
+concept SaysHops = requires {
+    { &Diffusion::hops } -> std::same_as<const int*>;
+};
+
 template <class Diffusion>
 constexpr bool may_have_one_hop() {
-    if constexpr (requires { Diffusion::hops; }) return Diffusion::hops == 1;
+    if constexpr (SaysHops<Diffusion>) return Diffusion::hops == 1;
     else return true;
 }
 
