@@ -79,11 +79,23 @@ TEST_CASE("spectra of Diffuser's parts at n = 1024, w = g = r = 64") {
         for (index_t i = 0; i < n; ++i) pairs.push_back({i, to[static_cast<std::size_t>(i)]});
     }
     near(PlanBuilder(n, n).edges(detail::edges_from_pairs(pairs, n)).build(), .128, .02);
-    // Sliced from a draw at 4096, as the published code does: fewer random cells and globals survive.
-    const Plan cells = Prefix<ErdosRenyi>{.pattern = {.per_token = 64, .seed = seed}}.plan(n, n), survivors = Prefix<GlobalTokens>{.pattern = {.count = 64, .seed = seed}}.plan(n, n);
-    near(unite(blocks, cells), .85, .04);
-    near(unite(unite(blocks, cells), survivors), .725, .08);
-    near(unite(cells, self), .31, .05);
+    // Sliced from a draw at 4096, as the published code does: fewer random cells and globals survive, and single draws have far outliers (a row
+    // with two cells, say): the median of five.
+    std::array<double, 5> local, all, random_alone;
+    for (std::size_t draw = 0; draw < 5; ++draw) {
+        const std::uint64_t own = random.seed();
+        const Plan cells = Prefix<ErdosRenyi>{.pattern = {.per_token = 64, .seed = own}}.plan(n, n), survivors = Prefix<GlobalTokens>{.pattern = {.count = 64, .seed = own}}.plan(n, n);
+        local[draw] = second_eigenvalue(unite(blocks, cells));
+        all[draw] = second_eigenvalue(unite(unite(blocks, cells), survivors));
+        random_alone[draw] = second_eigenvalue(unite(cells, self));
+    }
+    const auto median = [](std::array<double, 5> values) {
+        std::sort(values.begin(), values.end());
+        return values[2];
+    };
+    CHECK(std::abs(median(local) - .85) < .04);
+    CHECK(std::abs(median(all) - .725) < .08);
+    CHECK(std::abs(median(random_alone) - .31) < .05);
 }
 
 TEST_CASE("token-wise random beats block-wise random at the same budget") {

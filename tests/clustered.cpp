@@ -164,7 +164,7 @@ TEST_CASE("gradients by finite differences, shared keys, padding") {
                 return std::inner_product(out.values.begin(), out.values.end(), d_out.values.begin(), 0.);
             };
             const auto gradient = layer.backward(layer.forward(q.view(), k.view(), v.view(), options).saved, d_out.view());
-            const auto compare = [&](std::vector<double>& values, const std::vector<double>& got, const char* what) {
+            const auto compare = [&](auto& values, const auto& got, const char* what) {
                 for (int s = 0; s < 8; ++s) {
                     const auto at = static_cast<std::size_t>(random.below(static_cast<index_t>(values.size())));
                     INFO(what, " entry ", at, " of ", n, " tokens, top ", top);
@@ -202,7 +202,7 @@ TEST_CASE("the same bits for any number of threads, a NaN stays in its item") {
     CHECK(one == run(3));
     const std::size_t item = q.values.size() / 2;
     q.values[item] = k.values[item + 100] = std::nanf("");
-    const std::vector<float> with_nan = std::get<0>(run(1)), &clean = std::get<0>(one);
+    const AlignedVector<float> with_nan = std::get<0>(run(1)), &clean = std::get<0>(one);
     CHECK(std::equal(with_nan.begin(), with_nan.begin() + static_cast<std::ptrdiff_t>(item), clean.begin()));
     CHECK(std::isnan(with_nan[item]));
 }

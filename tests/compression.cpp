@@ -16,7 +16,7 @@ using namespace polyattn;
 
 namespace {
 
-Tensor<double> column(std::vector<double> values) {
+Tensor<double> column(AlignedVector<double> values) {
     Tensor<double> x({static_cast<offset_t>(values.size()), 1});
     x.values = std::move(values);
     return x;
@@ -119,7 +119,7 @@ void check_gradients(Random& random, Layer layer, index_t n, const CallOptions& 
         INFO(what, " entry ", at, " of ", n, " tokens");
         CHECK(std::abs(derivative(value, moved, 1e-4) - got) < tolerance + 1e-7 * std::abs(got));
     };
-    const auto sample = [&](std::vector<double>& values, const std::vector<double>& got, const char* what) {
+    const auto sample = [&](auto& values, const auto& got, const char* what) {
         for (int s = 0; s < 6; ++s) {
             const auto at = static_cast<std::size_t>(random.below(static_cast<index_t>(values.size())));
             compare(values[at], loss, got[at], what, at);

@@ -135,3 +135,13 @@ TEST_CASE("arena: aligned, stacked, one block after the first round") {
         capacity = arena.capacity();
     }
 }
+
+TEST_CASE("tensors begin with a line of the caches, large ones with a huge page") {
+    for (const offset_t size : {0, 1, 17, 4096, 524287, 524288, 1000000}) {
+        const Tensor<float> x({size});
+        const auto at = reinterpret_cast<std::uintptr_t>(x.data());
+        CHECK(at % 64 == 0);
+        if (x.values.size() * sizeof(float) >= detail::huge_page) CHECK(at % detail::huge_page == 0);
+        CHECK(std::all_of(x.values.begin(), x.values.end(), [](float value) { return value == 0; }));
+    }
+}

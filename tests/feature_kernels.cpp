@@ -93,7 +93,7 @@ TEST_CASE_TEMPLATE("causal: later tokens, even NaN, change no bit of earlier out
 
 TEST_CASE_TEMPLATE("queries without a part in any sum spoil nobody's gradient", T, float, double) {
     POLYATTN_RANDOM(random);
-    const auto finite = [](const std::vector<T>& values) { return std::all_of(values.begin(), values.end(), [](T x) { return detail::is_finite(x); }); };
+    const auto finite = [](const auto& values) { return std::all_of(values.begin(), values.end(), [](T x) { return detail::is_finite(x); }); };
     for (const index_t n : {5, 20, 70}) {
         const index_t row = random.below(n), d = 5;
         auto q = random.tensor<T>({n, d}), k = random.tensor<T>({n, d}), v = random.tensor<T>({n, 3}), d_out = random.tensor<T>({n, 3});
@@ -180,7 +180,7 @@ TEST_CASE("the same bits for one thread and several") {
         omp_set_num_threads(threads);
         auto [out, saved] = layer.forward(q.view(), k.view(), v.view());
         const auto gradient = layer.backward(saved, d_out.view());
-        std::vector<float> all = out.values;
+        auto all = out.values;
         for (const auto* part : {&gradient.q, &gradient.k, &gradient.v}) all.insert(all.end(), part->values.begin(), part->values.end());
         return all;
     };

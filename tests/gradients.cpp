@@ -37,7 +37,7 @@ void check_gradients(MakeLayer make_layer, const Plan& plan, CallOptions options
     // With h = 1e-3 the differences carry 2^-52 |loss| / h, below 1e-12 |loss|, and h^4 / 480 times a fifth derivative of the loss, below
     // 1e-9 as long as that is below 5e5: inputs are standard normal. A wrong term is of the order of the gradient itself.
     const double tolerance = 1e-8 * (1 + std::abs(loss()));
-    const auto compare = [&](std::vector<double>& values, const std::vector<double>& got, const char* what) {
+    const auto compare = [&](auto& values, const auto& got, const char* what) {
         if (values.empty()) return;
         for (int s = 0; s < 6; ++s) {
             const auto at = static_cast<std::size_t>(random.below(static_cast<index_t>(values.size())));

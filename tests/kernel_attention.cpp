@@ -15,18 +15,18 @@ using namespace polyattn;
 namespace {
 
 /// Every row of a column.
-Tensor<double> column(std::vector<double> values) {
+Tensor<double> column(AlignedVector<double> values) {
     Tensor<double> x({static_cast<offset_t>(values.size()), 1});
     x.values = std::move(values);
     return x;
 }
 template <class Layer>
-std::vector<double> self(const Layer& layer, const Tensor<double>& x, index_t length = -1) {
+AlignedVector<double> self(const Layer& layer, const Tensor<double>& x, index_t length = -1) {
     CallOptions options;
     if (length >= 0) options.key_lengths = {length};
     return layer(x.view(), x.view(), x.view(), options).values;
 }
-void check_equal(const std::vector<double>& got, const std::vector<double>& wanted) {
+void check_equal(std::span<const double> got, const std::vector<double>& wanted) {
     REQUIRE(got.size() == wanted.size());
     for (std::size_t i = 0; i < got.size(); ++i) CHECK(got[i] == doctest::Approx(wanted[i]).epsilon(1e-14));
 }
@@ -61,7 +61,7 @@ TEST_CASE_TEMPLATE("gradients by finite differences", Score, Kernel<ReLU, AddEps
             return sum;
         };
         const auto gradient = layer.backward(layer.forward(q.view(), k.view(), v.view(), options).saved, d_out.view());
-        const auto compare = [&](std::vector<double>& values, const std::vector<double>& got, const char* what) {
+        const auto compare = [&](auto& values, const auto& got, const char* what) {
             for (int s = 0; s < 8; ++s) {
                 const auto at = static_cast<std::size_t>(random.below(static_cast<index_t>(values.size())));
                 INFO(what, " entry ", at, " of ", n, " tokens");
@@ -102,9 +102,9 @@ TEST_CASE_TEMPLATE("diffusion is a polynomial of the operator's matrix", Pattern
         }
         CHECK(std::abs(sum - 1) < (2 * n + d + 4) * 0x1p-53);
     }
-    std::vector<double> z = v.values;
+    auto z = v.values;
     for (int hop = 0; hop < 4; ++hop) {
-        std::vector<double> next(z.size());
+        AlignedVector<double> next(z.size());
         for (std::size_t i = 0; i < n; ++i)
             for (std::size_t c = 0; c < e; ++c) {
                 for (std::size_t j = 0; j < n; ++j) next[i * e + c] += .9 * a.values[i * n + j] * z[j * e + c];

@@ -55,7 +55,7 @@ void make_identities(Layer& layer) {
         else std::fill(parameter.value.values.begin(), parameter.value.values.end(), 0);
     });
 }
-void check_equal(const std::vector<double>& got, const std::vector<double>& wanted, double factor = 1) {
+void check_equal(std::span<const double> got, const std::vector<double>& wanted, double factor = 1) {
     REQUIRE(got.size() == wanted.size());
     for (std::size_t i = 0; i < got.size(); ++i) CHECK(got[i] == doctest::Approx(factor * wanted[i]).epsilon(1e-14));
 }
@@ -97,18 +97,18 @@ void check_gradients(Random& random, const Recipe& recipe, index_t tokens, const
         INFO(what, ", ", tokens, " tokens");
         CHECK(std::abs(difference - got) < 1e-6 * (1 + std::abs(loss()) + std::abs(got)));
     };
-    const auto sample = [&](std::vector<double>& values, const std::vector<double>& got, const std::string& what) {
+    const auto sample = [&](auto& values, const auto& got, const std::string& what) {
         for (int s = 0; s < 4; ++s) {
             const auto at = static_cast<std::size_t>(random.below(static_cast<index_t>(values.size())));
             compare(values[at], got[at], what);
         }
     };
-    const std::vector<double> d_x = net.d_x.values;
+    const auto d_x = net.d_x.values;
     // Straight-through gates learn as if the row were multiplied: no difference of the loss shows that, neither in x nor in what makes Q.
     if (router_by_differences) sample(net.x.values, d_x, "x");
     net.layer.for_each_parameter([&](nn::Parameter<double>& parameter) {
         if (!router_by_differences && (parameter.name == "layer.router" || parameter.name == "layer.query")) return;
-        const std::vector<double> got = parameter.gradient.values;
+        const auto got = parameter.gradient.values;
         sample(parameter.value.values, got, parameter.name);
     });
 }
@@ -254,10 +254,10 @@ TEST_CASE("routing: gathered is masked, equal resolutions make the router idle")
     Net<MultiResolution<SegmentMeans<2, 2>>> equal({}, dim, 2, 2, n, 7);
     for (std::size_t i = 0; i < 3; ++i) equal.layer.own[i + 3].value = equal.layer.own[i].value;
     equal.x = x;
-    const std::vector<double> before = equal.forward().values;
+    const auto before = equal.forward().values;
     const std::vector<index_t> routes = equal.routes();
     for (double& weight : equal.layer.router[0].value.values) weight = -weight;
-    const std::vector<double> after = equal.forward().values;
+    const auto after = equal.forward().values;
     CHECK(routes != equal.routes());
     for (std::size_t i = 0; i < before.size(); ++i) CHECK(before[i] == doctest::Approx(after[i]).epsilon(1e-12));
 }
@@ -269,12 +269,12 @@ TEST_CASE("padding, an item without tokens, random routes as functions of the dr
     net.x = random.tensor<float>({3 * n, dim});
     net.options.key_lengths = {n, 11, 0};
     net.options.draw = {.seed = 5, .step = 3};
-    const std::vector<float> before = net.forward().values;
+    const auto before = net.forward().values;
     const std::vector<index_t> routes = net.routes();
     Tensor<float> d_y({3 * n, dim});
     std::fill(d_y.values.begin(), d_y.values.end(), 1.f);
     net.backward(d_y);
-    const std::vector<float> d_before = net.d_x.values;
+    const auto d_before = net.d_x.values;
     for (index_t row = n + 11; row < 3 * n; ++row) {
         CHECK(routes[static_cast<std::size_t>(row)] == -1);
         for (index_t c = 0; c < dim; ++c) {
@@ -299,7 +299,7 @@ TEST_CASE("padding that is not a number reaches no gradient of a learned router"
     const auto run = [&] {
         net.forward();
         net.backward(d_y);
-        std::vector<double> all = net.layer.router[0].gradient.values;
+        auto all = net.layer.router[0].gradient.values;
         all.insert(all.end(), net.layer.query.gradient.values.begin(), net.layer.query.gradient.values.end());
         return all;
     };

@@ -390,15 +390,15 @@ TEST_CASE("files: what numpy wrote, names of someone else, and what is refused")
     write(header, data);
     const auto file = nn::TensorFile<float>::read(path);
     CHECK(file.metadata.at("from") == "numpy");
-    CHECK(file.at("half").values == std::vector<float>{1, -.5f, 65504, 0x1p-24f});
-    CHECK(file.at("brain").values == std::vector<float>{1, -3});
-    CHECK(file.at("places").values == std::vector<float>{5, -2});
-    CHECK(file.at("place").values == std::vector<float>{-7});
+    CHECK(file.at("half").values == AlignedVector<float>{1, -.5f, 65504, 0x1p-24f});
+    CHECK(file.at("brain").values == AlignedVector<float>{1, -3});
+    CHECK(file.at("places").values == AlignedVector<float>{5, -2});
+    CHECK(file.at("place").values == AlignedVector<float>{-7});
     nn::Linear<float> layer("mine", 2, 3, 1, 1);
     const std::map<std::string, std::string> names{{"mine.weight", "encoder.w"}, {"mine.bias", "encoder.b"}};
     nn::load_parameters(layer, file, static_cast<nn::AdamW<float>*>(nullptr), [&](const std::string& name) { return names.at(name); });
-    CHECK(layer.weight.value.values == std::vector<float>{1, -2, .5, 3, 0, 1e-3f});
-    CHECK(layer.bias.value.values == std::vector<float>{1.5, -.25, 7});
+    CHECK(layer.weight.value.values == AlignedVector<float>{1, -2, .5, 3, 0, 1e-3f});
+    CHECK(layer.bias.value.values == AlignedVector<float>{1.5, -.25, 7});
     const std::vector<float> x{2, 1};
     std::vector<float> y(3);
     Workspace workspace;
@@ -493,7 +493,7 @@ TEST_CASE("self-ensembles: means, variances, inequalities") {
     POLYATTN_RANDOM(random);
     // Probabilities of 5 classes for 8 rows in 12 samples.
     nn::SelfEnsemble all, first, second;
-    std::vector<std::vector<double>> samples;
+    std::vector<AlignedVector<double>> samples;
     for (int s = 0; s < 12; ++s) {
         auto p = random.tensor<double>({8, 5}, 2);
         nn::softmax_rows(detail::rows_of(p));

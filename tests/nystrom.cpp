@@ -117,7 +117,7 @@ TEST_CASE("gradients by finite differences, padding") {
             return sum;
         };
         const auto gradient = layer.backward(layer.forward(q.view(), k.view(), v.view(), options).saved, d_out.view());
-        const auto compare = [&](std::vector<double>& values, const std::vector<double>& got, const char* what, auto&& changed) {
+        const auto compare = [&](auto& values, const auto& got, const char* what, auto&& changed) {
             for (int s = 0; s < 8; ++s) {
                 const auto at = static_cast<std::size_t>(random.below(static_cast<index_t>(values.size())));
                 const double difference = derivative(values[at], [&] {

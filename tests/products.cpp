@@ -16,7 +16,7 @@ template <class T>
 void check_products() {
     POLYATTN_RANDOM(random);
     Workspace workspace;
-    for (const auto& [m, n, k] : {std::array<index_t, 3>{1, 1, 1}, {0, 3, 2}, {3, 0, 2}, {3, 4, 0}, {16, 48, 16}, {15, 47, 17}, {17, 49, 15}, {64, 96, 170}, {65, 97, 175}, {5, 130, 600}, {131, 7, 64}, {33, 24, 513}})
+    for (const auto& [m, n, k] : {std::array<index_t, 3>{1, 1, 1}, {0, 3, 2}, {3, 0, 2}, {3, 4, 0}, {16, 48, 16}, {15, 47, 17}, {17, 49, 15}, {64, 96, 170}, {65, 97, 175}, {5, 130, 600}, {131, 7, 64}, {33, 24, 513}, {70, 100, 600}, {3, 700, 600}})
         for (int form = 0; form < 4; ++form)
             for (const bool add : {false, true}) {
                 // a and b as stored, or as the transpose of what is stored.

@@ -26,7 +26,7 @@ std::vector<index_t> keys_of(const Plan& plan, index_t query) {
 
 /// Attention with q = 0 over values v_j = j: the mean of the indices that a query sees.
 template <class Sampler>
-std::vector<double> means(const Sampler& sampler, index_t n) {
+AlignedVector<double> means(const Sampler& sampler, index_t n) {
     Tensor<double> zero({n, 1}), v({n, 1});
     for (index_t j = 0; j < n; ++j) v.values[static_cast<std::size_t>(j)] = j;
     return Attention<Sampler>{sampler}(zero.view(), zero.view(), v.view()).values;

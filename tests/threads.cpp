@@ -20,11 +20,11 @@ void set_threads([[maybe_unused]] int count) {
 }
 
 template <class Layer>
-std::vector<std::vector<float>> run(const Layer& layer, const CallOptions& options, const Tensor<float>& q, const Tensor<float>& k, const Tensor<float>& v) {
+std::vector<AlignedVector<float>> run(const Layer& layer, const CallOptions& options, const Tensor<float>& q, const Tensor<float>& k, const Tensor<float>& v) {
     const auto [out, saved] = layer.forward(q.view(), k.view(), v.view(), options);
     const auto gradient = layer.backward(saved, q.view());
     return {layer(q.view(), k.view(), v.view(), options).values, out.values, gradient.q.values, gradient.k.values, gradient.v.values,
-            std::vector<float>(gradient.bias.begin(), gradient.bias.end())};
+            AlignedVector<float>(gradient.bias.begin(), gradient.bias.end())};
 }
 
 }  // namespace
@@ -80,7 +80,7 @@ TEST_CASE("equal plans give equal bits, wherever their lists lie in memory") {
     const index_t n = 256;
     const auto q = random.tensor<float>({1, 1, n, 8});
     const Fast layer{AnyDiffusion{PPR<2>{}.recursion()}};
-    std::vector<std::vector<std::vector<float>>> results;
+    std::vector<std::vector<AlignedVector<float>>> results;
     std::vector<std::vector<char>> noise;
     for (int repeat = 0; repeat < 6; ++repeat) {
         noise.emplace_back(static_cast<std::size_t>(1 + random.below(5000)));  // moves the heap

@@ -22,9 +22,8 @@ Tensor<float> read(const char* name, index_t n) {
     if (!file) throw std::runtime_error("cannot read " + folder + "/" + name);
     return tensor;
 }
-template <class T>
-void write(const char* name, const std::vector<T>& values) {
-    std::ofstream(folder + "/" + name, std::ios::binary).write(reinterpret_cast<const char*>(values.data()), static_cast<std::streamsize>(values.size() * sizeof(T)));
+void write(const char* name, const auto& values) {
+    std::ofstream(folder + "/" + name, std::ios::binary).write(reinterpret_cast<const char*>(values.data()), static_cast<std::streamsize>(values.size() * sizeof(values[0])));
 }
 
 template <class F>

@@ -67,8 +67,8 @@ private:
     detail::SavedInputs<T> inputs_;
     CallOptions options_;  // with the plans
     std::vector<T> logsumexp_;
-    std::vector<T> hops_;  // Z_1 .. Z_K: [batch * heads][K][queries][value dim]
-    std::vector<T> states_;  // of kernel scores: what the operator keeps
+    AlignedVector<T> hops_;  // Z_1 .. Z_K: [batch * heads][K][queries][value dim]
+    AlignedVector<T> states_;  // of kernel scores: what the operator keeps
     std::size_t hop_count_ = 0;
 };
 

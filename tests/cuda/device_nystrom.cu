@@ -269,7 +269,7 @@ TEST_CASE("padding never counts, whatever it holds") {
     };
     const auto good = run(x);
     CHECK(good == run(bad));
-    const auto is_zero_behind = [&](const std::vector<float>& values) {
+    const auto is_zero_behind = [&](const auto& values) {
         bool zero = true;
         for (index_t row = 0; row < 2 * heads * n; ++row)
             if (row / n >= heads || row % n >= valid)
@@ -288,7 +288,7 @@ TEST_CASE("no query heads") {
     const auto [out, saved] = layer.forward(q.view(), k.view(), k.view());
     CHECK(out.size() == 0);
     const auto gradients = layer.backward(saved, d_out.view());
-    for (const auto* gradient : {&gradients.k, &gradients.v}) CHECK(to_host(*gradient).values == std::vector<float>(48, 0.f));
+    for (const auto* gradient : {&gradients.k, &gradients.v}) CHECK(to_host(*gradient).values == AlignedVector<float>(48, 0.f));
 }
 
 TEST_CASE("errors name the argument") {

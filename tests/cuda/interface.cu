@@ -126,8 +126,8 @@ TEST_CASE("plans for each item and each head, and thrust's vectors") {
         CudaOptions own;
         own.plan = plans[item];
         const auto one = layer.forward(view, view, view, own);
-        CHECK(to_host(one.out).values == std::vector<float>(out.begin() + static_cast<std::ptrdiff_t>(item) * size, out.begin() + static_cast<std::ptrdiff_t>(item + 1) * size));
-        CHECK(to_host(layer.backward(one.saved, view).v).values == std::vector<float>(gradient.begin() + static_cast<std::ptrdiff_t>(item) * size, gradient.begin() + static_cast<std::ptrdiff_t>(item + 1) * size));
+        CHECK(to_host(one.out).values == AlignedVector<float>(out.begin() + static_cast<std::ptrdiff_t>(item) * size, out.begin() + static_cast<std::ptrdiff_t>(item + 1) * size));
+        CHECK(to_host(layer.backward(one.saved, view).v).values == AlignedVector<float>(gradient.begin() + static_cast<std::ptrdiff_t>(item) * size, gradient.begin() + static_cast<std::ptrdiff_t>(item + 1) * size));
         CHECK(argument([&] { tensor_view(values, {n, d + 1}); }) == "extents");
     }
 }

@@ -415,7 +415,7 @@ void check(Random& random, const Recipe& recipe, index_t dim, index_t heads, ind
         OnCpu<Recipe, T> cpu(random, recipe, dim, heads, batch, tokens, lengths, dropout, output_dropout);
         const Formulas<Recipe> formulas(recipe, cpu.exact, cpu.routes);
         if (!formulas.routes_are_sure) continue;  // two logits are too close to each other
-        cpu.compare_with(run_on_device(recipe, cpu.pass), [&](const std::vector<T>& device, const std::vector<double>& wanted, const std::string& what) {
+        cpu.compare_with(run_on_device(recipe, cpu.pass), [&](const auto& device, const auto& wanted, const std::string& what) {
             const Matrix& bound = what == "y" ? formulas.y : what == "d_x" ? formulas.d_x : formulas.gradients.at(what.substr(6));
             REQUIRE(bound.entries.size() == wanted.size());
             check_within(device, wanted, [&](std::size_t i) { return bound.entries[i].error; }, what, of_all);

@@ -163,14 +163,14 @@ void for_each_result(const NystromResult<T>& device, const NystromResult<double>
 
 /// How far off each number may be; of gradients of heads that share keys the sum.
 struct Allowed {
-    std::map<std::string, std::vector<double>> errors;
+    std::map<std::string, AlignedVector<double>> errors;
     bool sure = true;
 
     explicit Allowed(const NystromCall<double>& call) {
         const auto q = call.q.view(), k = call.k.view(), v = call.v.view(), d_out = call.d_out.view();
         const index_t heads = q.heads(), group = heads / k.heads(), width = call.parameters.width;
         Tensor<double> out(call.d_out.shape), d_q(call.q.shape), d_k(call.k.shape), d_v(call.v.shape);
-        std::vector<double> d_table(call.parameters.table.size(), 0.);
+        AlignedVector<double> d_table(call.parameters.table.size(), 0.);
         for (index_t b = 0; b < q.batch(); ++b)
             for (index_t h = 0; h < heads; ++h) {
                 const index_t valid = call.options.key_lengths.empty() ? q.tokens() : call.options.key_lengths[static_cast<std::size_t>(b)];
@@ -207,8 +207,8 @@ void check(Random& random, const Nystrom& parameters, index_t batch, index_t hea
         const auto exact = exact_call(call);
         const Allowed bounds(exact);
         if (!bounds.sure) continue;  // two columns' sums are too close to each other
-        for_each_result(run_on_device(call), run_on_cpu(exact), [&](const auto& device, const std::vector<double>& wanted, const std::string& what) {
-            const std::vector<double>& errors = bounds.errors.at(what);
+        for_each_result(run_on_device(call), run_on_cpu(exact), [&](const auto& device, const auto& wanted, const std::string& what) {
+            const auto& errors = bounds.errors.at(what);
             REQUIRE(errors.size() == wanted.size());
             check_within(device, wanted, [&](std::size_t i) { return errors[i]; }, what, of_all);
         });
@@ -258,11 +258,11 @@ TEST_CASE_TEMPLATE("with the paper's steps, as near as the conditioning lets it 
             auto moved = exact;
             for (Tensor<double>* tensor : {&moved.q, &moved.k, &moved.v, &moved.d_out})
                 for (double& entry : tensor->values) entry *= 1 + step * (2 * random.uniform() - 1);
-            for_each_result(run_on_cpu(moved), wanted, [&](const auto& got, const std::vector<double>& before, const std::string& what) {
+            for_each_result(run_on_cpu(moved), wanted, [&](const auto& got, const auto& before, const std::string& what) {
                 for (std::size_t i = 0; i < before.size(); ++i) conditions[what] = std::max(conditions[what], std::abs(got[i] - before[i]) / step);
             });
         }
-        for_each_result(run_on_device(call), wanted, [&](const auto& device, const std::vector<double>& cpu, const std::string& what) {
+        for_each_result(run_on_device(call), wanted, [&](const auto& device, const auto& cpu, const std::string& what) {
             double worst = 0;
             for (std::size_t i = 0; i < cpu.size(); ++i) worst = std::max(worst, std::abs(double(device[i]) - cpu[i]));
             INFO(what);

@@ -7,6 +7,7 @@
 #include <doctest/doctest.h>
 
 #include <cmath>
+#include <span>
 #include <string>
 
 namespace bounded {
@@ -147,8 +148,8 @@ struct Tightness {
     std::size_t entries = 0, tight = 0;
 };
 /// Each number within error_of(its place) of what was computed in double.
-template <class T, class ErrorOf>
-void check_within(const std::vector<T>& got, const std::vector<double>& wanted, ErrorOf&& error_of, const std::string& what, Tightness& of_all) {
+template <class Values, class ErrorOf>
+void check_within(const Values& got, std::span<const double> wanted, ErrorOf&& error_of, const std::string& what, Tightness& of_all) {
     REQUIRE(got.size() == wanted.size());
     std::size_t wrong = 0;
     double most = 0, worst = 0;

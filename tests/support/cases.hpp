@@ -11,6 +11,8 @@
 
 #include <doctest/doctest.h>
 
+#include <span>
+
 using namespace polyattn;
 
 template <class T>
@@ -29,7 +31,7 @@ struct Case {
 
 /// |got - exact| <= bound for all entries; in double the reference rounds as well.
 template <class T>
-void check_close(const Tensor<T>& got, const Tensor<double>& exact, const std::vector<double>& bound, const char* what, double flushed) {
+void check_close(const Tensor<T>& got, const Tensor<double>& exact, std::span<const double> bound, const char* what, double flushed) {
     REQUIRE(got.values.size() == exact.values.size());
     const double slack = sizeof(T) == 8 ? 2 : 1;
     double worst = 0;

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <polyattn/core/memory.hpp>
 #include <polyattn/core/view.hpp>
 
 #include <algorithm>
@@ -9,7 +10,7 @@ POLYATTN_BEGIN_NAMESPACE
 /// A plain owning row-major tensor: what calls on raw views return.
 template <class T>
 struct Tensor {
-    std::vector<T> values;
+    AlignedVector<T> values;
     std::vector<offset_t> shape;
 
     Tensor() = default;

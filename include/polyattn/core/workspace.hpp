@@ -1,5 +1,6 @@
 #pragma once
 
+#include <polyattn/core/memory.hpp>
 #include <polyattn/core/parallel.hpp>
 
 #include <algorithm>
@@ -8,9 +9,6 @@
 #include <new>
 #include <span>
 #include <vector>
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
 
 POLYATTN_BEGIN_NAMESPACE
 
@@ -52,7 +50,7 @@ public:
     }
 
 private:
-    static constexpr std::size_t alignment = 64, huge_page = std::size_t{2} << 20;
+    static constexpr std::size_t alignment = 64;
     struct Free {
         std::size_t alignment;
         void operator()(std::byte* memory) const { ::operator delete(memory, std::align_val_t{alignment}); }
@@ -62,15 +60,13 @@ private:
         std::size_t size = 0;
     };
 
-    /// Large blocks ask for huge pages: gathers touch more pages than the CPU keeps translations of.
+    /// Large blocks are whole huge pages.
     static Block make_block(std::size_t size) {
         const bool huge = size >= 2 * huge_page;
         const std::size_t aligned = huge ? huge_page : alignment;
         if (huge) size = (size + huge_page - 1) / huge_page * huge_page;
         std::byte* const memory = static_cast<std::byte*>(::operator new(size, std::align_val_t{aligned}));
-#if defined(__linux__)
-        if (huge) ::madvise(memory, size, MADV_HUGEPAGE);
-#endif
+        if (huge) prefer_huge_pages(memory, size);
         return {std::unique_ptr<std::byte, Free>(memory, Free{aligned}), size};
     }
 

@@ -28,7 +28,8 @@ public:
         detail::reshape(saved.before, {x.rows, up.out()});
         detail::reshape(saved.after, {x.rows, up.out()});
         const MatrixView<T> before = detail::rows_of(saved.before), after = detail::rows_of(saved.after);
-        up.forward(x, before, workspace, [&](index_t row, index_t column, std::span<T> values) { detail::gelu(values.data(), static_cast<index_t>(values.size()), after.row(row) + column); });
+        const auto activate = [&](index_t row, index_t column, std::span<T> values) { detail::gelu(values.data(), static_cast<index_t>(values.size()), after.row(row) + column); };
+        up.forward(x, before, workspace, detail::simd::Beside{after, activate});
         down.forward(after, y, workspace, detail::add_residual(residual, dropout));
     }
     /// d_x of the branch alone; the residual's gradient is d_y itself.
@@ -37,8 +38,8 @@ public:
         detail::reshape(saved.d_hidden, saved.before.shape);
         const MatrixView<T> d_hidden = detail::rows_of(saved.d_hidden);
         const auto before = detail::rows_of(std::as_const(saved.before));
-        down.backward(detail::rows_of(std::as_const(saved.after)), d_down, d_hidden, false, workspace,
-                      [&](index_t row, index_t column, std::span<T> values) { detail::multiply_gelu_slope(before.row(row) + column, static_cast<index_t>(values.size()), values.data()); });
+        const auto slope = [&](index_t row, index_t column, std::span<T> values) { detail::multiply_gelu_slope(before.row(row) + column, static_cast<index_t>(values.size()), values.data()); };
+        down.backward(detail::rows_of(std::as_const(saved.after)), d_down, d_hidden, false, workspace, detail::simd::Beside{before, slope});
         up.backward(x, d_hidden, d_x, false, workspace);
     }
 

@@ -57,10 +57,11 @@ public:
         using V = detail::simd::Vec<T, xsimd::default_arch>;
         detail::require_columns(x.cols, in(), "x");
         detail::require_columns(y.cols, out(), "y");
-        detail::multiply(x, detail::transposed(detail::rows_of(weight.value)), y, false, workspace, [&](index_t row, index_t column, std::span<T> values) {
+        const auto finish = [&](index_t row, index_t column, std::span<T> values) {
             detail::simd::map_row<T, xsimd::default_arch>(bias.value.data() + column, values.data(), static_cast<index_t>(values.size()), [](V b, V value) { return value + b; });
             then(row, column, values);
-        });
+        };
+        detail::multiply(x, detail::transposed(detail::rows_of(weight.value)), y, false, workspace, detail::simd::beside_of(then, finish));
     }
 
     /// Adds to the gradients of W and b, and sets d_x (or adds to it), unless it has no memory. then(row, column, values) gets the finished

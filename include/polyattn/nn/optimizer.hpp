@@ -70,9 +70,9 @@ public:
         const double first = 1 / (1 - std::pow(beta1, double(steps))), second = 1 / (1 - std::pow(beta2, double(steps)));
         std::size_t number = 0;
         model.for_each_parameter([&](Parameter<T>& parameter) {
-            if (number == moments.size()) moments.push_back({std::vector<T>(parameter.value.values.size()), std::vector<T>(parameter.value.values.size())});
+            if (number == moments.size()) moments.push_back({AlignedVector<T>(parameter.value.values.size()), AlignedVector<T>(parameter.value.values.size())});
             auto& own = moments[number++];
-            std::vector<T>&mean = own.mean, &square = own.square;  // names that clang 14 lets lambdas capture
+            AlignedVector<T>&mean = own.mean, &square = own.square;  // names that clang 14 lets lambdas capture
             detail::require(mean.size() == parameter.value.values.size(), "model", "the model of the earlier steps", parameter.name);
             const double decay = parameter.decays ? rate * weight_decay : 0;
             constexpr offset_t chunk = 4096;
@@ -86,12 +86,12 @@ public:
     /// Steps done, and the running means of gradients and their squares, by parameter: what a resumed run needs.
     std::int64_t steps = 0;
     struct Moments {
-        std::vector<T> mean, square;
+        AlignedVector<T> mean, square;
     };
     std::vector<Moments> moments;
 
 private:
-    void update(Parameter<T>& parameter, std::vector<T>& mean, std::vector<T>& square, std::size_t at, double rate, double decay, double first, double second) const {
+    void update(Parameter<T>& parameter, AlignedVector<T>& mean, AlignedVector<T>& square, std::size_t at, double rate, double decay, double first, double second) const {
         alignas(64) T buffer[4][V::size] = {};
         const std::size_t count = std::min<std::size_t>(V::size, mean.size() - at);
         const bool whole = count == V::size;

@@ -59,10 +59,10 @@ private:
 /// What finishes the last product of a branch: dropout, then the residual (none if it has no memory).
 template <class T>
 auto add_residual(MatrixView<const T> residual, const ActivationDropout& dropout) {
-    return [residual, &dropout](index_t row, index_t column, std::span<T> values) {
+    return simd::Beside{residual, [residual, &dropout](index_t row, index_t column, std::span<T> values) {
         if (dropout.active()) dropout.apply(row, column, values);
         if (residual.data) simd::add_scaled<T, xsimd::default_arch>(T(1), residual.row(row) + column, static_cast<index_t>(values.size()), values.data());
-    };
+    }};
 }
 /// d_y through the dropout: itself, or a copy in `memory`.
 template <class T>

@@ -26,12 +26,14 @@ template <class T>
 class NextRows {
 public:
     NextRows() = default;
-    NextRows(const T* first, std::ptrdiff_t stride, index_t rows, index_t columns) : at_(first), row_(first), stride_(stride), rows_(rows), size_(columns) {
+    NextRows(const T* first, std::ptrdiff_t stride, index_t rows, index_t columns) : at_(first), end_(first + columns), stride_(stride), rows_(rows), size_(columns) {
         if (stride == columns) {  // one long row
             rows_ = std::min(rows, 1);
             size_ *= rows;
+            end_ = first + size_;
         }
     }
+    bool empty() const { return rows_ == 0; }
     /// All rows in so many equal steps, which leave up to `run` lines of one long row to the caller.
     void spread(offset_t steps, offset_t run = 0) {
         const offset_t lines = (size_ + cache_line<T> - 1) / cache_line<T> * rows_;
@@ -45,25 +47,37 @@ public:
         if (run_ == 0 || rows_ == 0) return {own, 0};
         const LineRun<T> run{at_, cache_line<T>};
         at_ += run_ * cache_line<T>;
-        if (at_ >= row_ + size_) rows_ = 0;
+        if (at_ >= end_) rows_ = 0;
         return run;
     }
-
     POLYATTN_ALWAYS_INLINE void step() {
-        for (offset_t lines = step_; lines > 0 && rows_ > 0;) {
-            const T* const end = row_ + size_;
-            for (; at_ < end && lines > 0; at_ += cache_line<T>, --lines) prefetch(at_);
-            if (at_ < end) return;
-            at_ = row_ += stride_;
-            --rows_;
-        }
+        for (offset_t lines = step_; lines > 0 && rows_ > 0; --lines) line();
+    }
+    /// One line, which will be written to if `Write`.
+    template <bool Write = false>
+    POLYATTN_ALWAYS_INLINE void line() {
+        if (rows_ == 0) return;
+        prefetch<Write>(at_);
+        at_ += cache_line<T>;
+        if (at_ < end_) return;
+        at_ = end_ + (stride_ - size_);
+        end_ += stride_;
+        --rows_;
     }
 
 private:
-    const T *at_ = nullptr, *row_ = nullptr;  // the next line, and the row that it is in
+    const T *at_ = nullptr, *end_ = nullptr;  // the next line, and the end of its row
     std::ptrdiff_t stride_ = 0;
     index_t rows_ = 0;                        // that are left
     offset_t size_ = 0, step_ = 0, run_ = 0;  // of a row, of a step and a run in lines
+};
+
+/// Rows of which a tile fetches a line between its steps.
+template <class T, bool Write = false>
+struct LinesOf {
+    NextRows<T>* rows;
+
+    POLYATTN_ALWAYS_INLINE void fetch() { rows->template line<Write>(); }
 };
 
 /// What is wanted after the work at hand, fetched beside it: the next head of many short ones, the next block of long ones.

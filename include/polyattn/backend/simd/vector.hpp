@@ -107,10 +107,11 @@ POLYATTN_ALWAYS_INLINE Vec<T, A> in_register(Vec<T, A> a) {
 /// Numbers of a line of the caches.
 template <class T>
 inline constexpr index_t cache_line = 64 / sizeof(T);
-/// Fetches the line into the second-level cache.
+/// Fetches the line into the second-level cache, one that will be written to into the first.
+template <bool Write = false>
 POLYATTN_ALWAYS_INLINE void prefetch([[maybe_unused]] const void* address) {
 #if defined(__GNUC__)
-    __builtin_prefetch(address, 0, 2);
+    __builtin_prefetch(address, Write, Write ? 3 : 2);
     asm volatile("");  // GCC takes a function that only fetches for one without effect, and drops its calls
 #endif
 }
