@@ -120,7 +120,7 @@ TEST_CASE("strides, a residual in place, saved passes of other shapes, other par
     const auto strided = [&](const CudaTensor<float>& tensor) { return tensor_view(tensor.data(), {rows, dim}, {wide, 1}); };
     const auto narrow = [&](const CudaTensor<float>& tensor) {
         const auto all = to_host(tensor).values;
-        std::vector<float> made;
+        AlignedVector<float> made;
         for (index_t r = 0; r < rows; ++r) made.insert(made.end(), all.begin() + r * wide, all.begin() + r * wide + dim);
         return made;
     };
