@@ -49,7 +49,7 @@ void forward(const AnyHead& head, const HeadResult<T>& result, Workers& workers)
     typename operators_of<A, AnyHead>::Forward attention(head, workers);
     if constexpr (requires { attention.keep_states(result.states); }) attention.keep_states(result.states);
     const index_t columns = attention.columns();
-    const Rows<T> v = readable_rows(head.v, true, width, arena);
+    const Rows<T> v = readable_rows(head.v, true, width, arena, attention.reads_often());
     const bool once = hops.size() == 1 && !attention.has_shared_rows();
     if (!once && (!hops.empty() || result.logsumexp)) attention.prepare(result.logsumexp != nullptr);
 
@@ -106,7 +106,7 @@ void backward(const AnyHead& head, const HeadGradient<T>& gradient, Workers& wor
     }
     typename operators_of<A, AnyHead>::Backward attention(head, gradient, count > 1, workers);
     const index_t columns = attention.columns();
-    const Rows<T> v = readable_rows(head.v, true, width, arena);
+    const Rows<T> v = readable_rows(head.v, true, width, arena, attention.reads_often());
 
     // terms[k]: Z_k and walk * G_{k+1}, both padded to whole vectors.
     const auto terms = arena.take<WeightGradientTerm<T>>(static_cast<offset_t>(count));
@@ -120,7 +120,7 @@ void backward(const AnyHead& head, const HeadGradient<T>& gradient, Workers& wor
     const bool only_weights = fused && start == 1 && hops[0].teleport == 0 && !gradient.adds_to_keys;
     T* const in_place = only_weights ? packed_rows(gradient.d_v, columns) : nullptr;  // d_v is A^T g and nothing else
     if (!gradient.adds_to_keys && !in_place) fill_with_zeros(gradient.d_v);
-    Rows<T> g = readable_rows(gradient.d_out, true, width, arena);
+    Rows<T> g = readable_rows(gradient.d_out, true, width, arena, attention.reads_often());
     T* summed = nullptr;  // g of the hop before, where it can be written
     for (std::size_t k = count; k-- > 0;) {
         const T teleport = static_cast<T>(hops[k].teleport), walk = static_cast<T>(hops[k].walk);

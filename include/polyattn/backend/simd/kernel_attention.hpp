@@ -146,6 +146,7 @@ public:
 
     /// Value columns, padded to whole vectors.
     index_t columns() const { return columns_; }
+    bool reads_often() const { return false; }
     bool has_shared_rows() const { return false; }
     void prepare(bool) {}
 

@@ -78,18 +78,21 @@ T dot(const T* a, const T* b, index_t columns) {
 }
 
 /// The rows themselves if kernels can read them, else a copy. Copied are: other inner strides, columns that do not fill whole
-/// vectors if `whole_vectors`, and strides of 4 KiB, which would share one set of the first-level cache.
+/// vectors if `whole_vectors`, strides of 4 KiB, which would share one set of the first-level cache, and rows with others between them (of
+/// the other heads, say) if they are read `often`: they take more of the caches, and nothing fetches them ahead.
 template <class T>
-Rows<T> readable_rows(MatrixView<const T> view, bool whole_vectors, int lanes, Arena& arena) {
-    const bool aliased = view.rows > 8 && view.row_stride * static_cast<std::ptrdiff_t>(sizeof(T)) % 4096 == 0 && view.row_stride != 0;
-    if ((view.col_stride == 1 || view.cols <= 1) && !aliased && !(whole_vectors && view.cols % lanes != 0)) return {view.data, view.row_stride};
+Rows<T> readable_rows(MatrixView<const T> view, bool whole_vectors, int lanes, Arena& arena, bool often = false) {
+    const bool apart = view.rows > 8 && view.row_stride != 0 && (often ? view.row_stride != view.cols : view.row_stride * static_cast<std::ptrdiff_t>(sizeof(T)) % 4096 == 0);
+    if ((view.col_stride == 1 || view.cols <= 1) && !apart && !(whole_vectors && view.cols % lanes != 0)) return {view.data, view.row_stride};
     const index_t stride = padded(view.cols, lanes);
-    T* copy = arena.take<T>(offset_t{view.rows} * stride).data();
-    for (index_t i = 0; i < view.rows; ++i) {
-        T* to = copy + offset_t{i} * stride;
-        for (index_t c = 0; c < view.cols; ++c) to[c] = view(i, c);
+    T* const copy = arena.take<T>(offset_t{view.rows} * stride).data();
+    parallel_rows(view.rows, [&](index_t i) {
+        T* const to = copy + offset_t{i} * stride;
+        if (view.col_stride == 1) std::copy_n(view.row(i), view.cols, to);
+        else
+            for (index_t c = 0; c < view.cols; ++c) to[c] = view(i, c);
         std::fill(to + view.cols, to + stride, T(0));
-    }
+    });
     return {copy, stride};
 }
 

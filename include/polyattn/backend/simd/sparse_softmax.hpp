@@ -19,7 +19,7 @@ public:
           masked_(schedule_.is_masked() || head.key_length < head.k.rows || head.query_length < head.q.rows) {
         Arena& arena = workers[0];
         q_ = readable_rows(head.q, has_edges_, Tiles::lanes, arena);
-        k_ = readable_rows(head.k, has_edges_, Tiles::lanes, arena);
+        k_ = readable_rows(head.k, has_edges_, Tiles::lanes, arena, reads_often());
         logsumexp_ = arena.take<T>(head.q.rows);
         alive_ = arena.take<std::uint8_t>(head.q.rows);
         const auto lane_count = static_cast<offset_t>(schedule_.groups().size()) * group_size;
@@ -48,6 +48,8 @@ public:
     bool is_alive(index_t row) const { return alive_[static_cast<std::size_t>(row)] != 0; }
     T logsumexp(index_t row) const { return is_alive(row) ? static_cast<T>(double(logsumexp_[static_cast<std::size_t>(row)]) * ln_2) : empty_row<T>(); }
     bool has_shared_rows() const { return schedule_.has_shared_rows(); }
+    /// Some hundred queries see a key on average, so that a copy of the keys and values costs little.
+    bool reads_often() const { return schedule_.weight_rows() >= offset_t{16} * head_.k.rows; }
 
     /// All weights, or where they exceed the budget the logsumexp that they are computed from again.
     void prepare(bool wants_logsumexp) {

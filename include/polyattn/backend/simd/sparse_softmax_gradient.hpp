@@ -161,7 +161,7 @@ public:
     /// `d_v` also A^T terms[0].g, in the same pass.
     void weights_gradient(std::span<const WeightGradientTerm<T>> terms, std::span<const T> row_means, const HeadGradient<T>& gradient, T* d_v) {
         Arena& arena = workers_[0];
-        const Rows<T> q = readable_rows(head_.q, true, Tiles::lanes, arena), k = readable_rows(head_.k, true, Tiles::lanes, arena);
+        const Rows<T> q = readable_rows(head_.q, true, Tiles::lanes, arena), k = head_.k.cols == dim_ ? this->k_ : readable_rows(head_.k, true, Tiles::lanes, arena, this->reads_often());
         const index_t value_dim = head_.v.cols;
         const T scale = static_cast<T>(head_.scale);
         NonFiniteRows bad_queries, bad_terms;
