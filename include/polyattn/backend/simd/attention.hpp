@@ -117,9 +117,9 @@ void backward(const AnyHead& head, const HeadGradient<T>& gradient, Workers& wor
 
     // One hop needs every weight once: for dV and for the gradient of the weights in the same pass.
     const bool fused = count == 1 && attention.shares_passes();
-    const bool only_weights = fused && start == 1 && hops[0].teleport == 0 && !gradient.adds_to_keys;
-    T* const in_place = only_weights ? packed_rows(gradient.d_v, columns) : nullptr;  // d_v is A^T g and nothing else
-    if (!gradient.adds_to_keys && !in_place) fill_with_zeros(gradient.d_v);
+    const bool only_weights = fused && start == 1 && hops[0].teleport == 0 && !gradient.adds_to_keys;  // d_v is A^T g and nothing else
+    T* const in_place = only_weights ? packed_rows(gradient.d_v, columns) : nullptr;
+    if (!gradient.adds_to_keys && !only_weights) fill_with_zeros(gradient.d_v);
     Rows<T> g = readable_rows(gradient.d_out, true, width, arena, attention.reads_often());
     T* summed = nullptr;  // g of the hop before, where it can be written
     for (std::size_t k = count; k-- > 0;) {
@@ -159,8 +159,8 @@ void backward(const AnyHead& head, const HeadGradient<T>& gradient, Workers& wor
         g = {summed, columns};
     }
     attention.weights_gradient(terms, row_means, gradient, fused ? summed : nullptr);
-    if (start != 0 && !in_place)
-        parallel_rows(keys, [&](index_t j) { add_row<A>(gradient.d_v, j, static_cast<T>(start), summed + offset_t{j} * columns); });
+    if (only_weights && !in_place) parallel_rows(keys, [&](index_t j) { store_row<A>(gradient.d_v, j, summed + offset_t{j} * columns, false); });
+    if (start != 0 && !only_weights) parallel_rows(keys, [&](index_t j) { add_row<A>(gradient.d_v, j, static_cast<T>(start), summed + offset_t{j} * columns); });
 }
 
 }  // namespace detail::simd

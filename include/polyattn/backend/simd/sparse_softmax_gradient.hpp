@@ -198,7 +198,6 @@ public:
 
         fill_with_zeros(gradient.d_q);
         T* const in_place = gradient.adds_to_keys ? nullptr : packed_rows(gradient.d_k, dim_);
-        if (!gradient.adds_to_keys && !in_place) fill_with_zeros(gradient.d_k);
         T* const d_k = in_place ? in_place : arena.take<T>(offset_t{head_.k.rows} * dim_).data();
         KeySums<T, A> k_sums(schedule_, plan_.keys(), dim_, d_k, workers_);
         std::optional<KeySums<T, A>> v_sums;
@@ -258,7 +257,7 @@ public:
         edge_gradients(terms, row_means, q, k, scale, gradient, d_k);
         for (std::size_t part = 0; part < static_cast<std::size_t>(schedule_.chunks()); ++part)
             for (std::size_t b = 0; b < bias_size; ++b) gradient.bias_gradient[b] += bias_parts[part * bias_size + b];
-        if (!in_place) parallel_rows(plan_.keys(), [&](index_t j) { add_row<A>(gradient.d_k, j, T(1), d_k + offset_t{j} * dim_); });
+        if (!in_place) parallel_rows(plan_.keys(), [&](index_t j) { store_row<A>(gradient.d_k, j, d_k + offset_t{j} * dim_, gradient.adds_to_keys); });
     }
 
 private:
