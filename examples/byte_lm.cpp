@@ -224,7 +224,7 @@ public:
 #if defined(POLYATTN_EXAMPLES_CUDA)
         if (s.device != "cuda") return;
         std::vector<device::Parameter> parameters;
-        decoder.for_each_parameter([&](const nn::Parameter<float>& p) { parameters.push_back({p.name, {p.value.shape.begin(), p.value.shape.end()}, p.value.values}); });
+        decoder.for_each_parameter([&](const nn::Parameter<float>& p) { parameters.push_back({p.name, {p.value.shape.begin(), p.value.shape.end()}, {p.value.values.begin(), p.value.values.end()}}); });
         on_device_ = std::make_unique<device::Decoder>(parameters, s.heads);
 #else
         (void)s;

@@ -61,7 +61,7 @@ Decoder::Decoder(const std::vector<Parameter>& parameters, int heads) {
     std::map<std::string, Tensor<float>> tensors;
     for (const Parameter& parameter : parameters) {
         Tensor<float> tensor(std::vector<offset_t>(parameter.shape.begin(), parameter.shape.end()));
-        tensor.values = parameter.values;
+        tensor.values.assign(parameter.values.begin(), parameter.values.end());
         tensors.emplace(parameter.name, std::move(tensor));
     }
     state_.reset(new State{{Attention<Causal, Alibi, Cuda>{Alibi(heads)}, tensors, {.heads = heads}}});
