@@ -48,7 +48,7 @@ public:
     bool is_alive(index_t row) const { return alive_[static_cast<std::size_t>(row)] != 0; }
     T logsumexp(index_t row) const { return is_alive(row) ? static_cast<T>(double(logsumexp_[static_cast<std::size_t>(row)]) * ln_2) : empty_row<T>(); }
     bool has_shared_rows() const { return schedule_.has_shared_rows(); }
-    /// Some hundred queries see a key on average, so that a copy of the keys and values costs little.
+    /// 256 queries or more see a key on average, so that a copy of the keys and values costs little.
     bool reads_often() const { return schedule_.weight_rows() >= offset_t{16} * head_.k.rows; }
 
     /// All weights, or where they exceed the budget the logsumexp that they are computed from again.
