@@ -292,3 +292,39 @@ TEST_CASE("describe names the architecture and the threads") {
     CHECK(describe().find(xsimd::default_arch::name()) != std::string::npos);
     CHECK(describe().find(worker_count() == 1 ? "1 thread" : "threads") != std::string::npos);
 }
+
+TEST_CASE("heads side by side, as a projection leaves them, give what heads one behind the other give, where hundreds of queries read a key too") {
+    POLYATTN_RANDOM(random);
+    const index_t heads = 3, d = 16;
+    for (const index_t n : {40, 300}) {
+        const offset_t wide = 3 * heads * d;
+        Tensor<double> rows({n, wide}), d_rows({n, wide}), q({heads, n, d}), k({heads, n, d}), v({heads, n, d});
+        const auto d_out = random.tensor<double>({heads, n, d});
+        const std::array<Tensor<double>*, 3> apart{&q, &k, &v};
+        const auto at = [&](index_t part, index_t h, index_t i, index_t c) { return static_cast<std::size_t>(i * wide + (part * heads + h) * d + c); };
+        for (double& value : d_rows.values) value = 7;  // what was there before must not stay
+        for (index_t part = 0; part < 3; ++part) {
+            *apart[static_cast<std::size_t>(part)] = random.tensor<double>({heads, n, d});
+            for (index_t h = 0; h < heads; ++h)
+                for (index_t i = 0; i < n; ++i)
+                    for (index_t c = 0; c < d; ++c) rows.values[at(part, h, i, c)] = apart[static_cast<std::size_t>(part)]->values[static_cast<std::size_t>((h * n + i) * d + c)];
+        }
+        const auto view = [&](Tensor<double>& of, index_t part) { return tensor_view(of.data() + part * heads * d, {heads, n, d}, {d, wide, 1}); };
+        const Attention<> layer;
+        const auto [out, saved] = layer.forward(q.view(), k.view(), v.view());
+        const auto wanted = layer.backward(saved, d_out.view());
+        const auto [strided_out, strided_saved] = layer.forward(view(rows, 0), view(rows, 1), view(rows, 2));
+        Gradients<TensorView<double>> got;
+        got.q = view(d_rows, 0);
+        got.k = view(d_rows, 1);
+        got.v = view(d_rows, 2);
+        layer.backward_into(got, strided_saved, d_out.view());
+        for (std::size_t i = 0; i < out.values.size(); ++i) CHECK(std::abs(out.values[i] - strided_out.values[i]) < 1e-12);
+        const std::array<const Tensor<double>*, 3> gradients{&wanted.q, &wanted.k, &wanted.v};
+        for (index_t part = 0; part < 3; ++part)
+            for (index_t h = 0; h < heads; ++h)
+                for (index_t i = 0; i < n; ++i)
+                    for (index_t c = 0; c < d; ++c)
+                        CHECK(std::abs(d_rows.values[at(part, h, i, c)] - gradients[static_cast<std::size_t>(part)]->values[static_cast<std::size_t>((h * n + i) * d + c)]) < 1e-12);
+    }
+}
