@@ -42,77 +42,82 @@ void for_each_key_run(const Plan& plan, index_t key_length, F&& f) {
     emit({edges.data(), 0, static_cast<index_t>(std::lower_bound(edges.begin(), edges.end(), key_length) - edges.begin())});
 }
 
-/// weights[head][l] = queries[head] . keys[l] for the keys l of one vector. Two heads share what is loaded of half of them. While the first heads work,
-/// what lies `ahead` of the keys is fetched, if that is not 0.
-template <class T, class A>
-POLYATTN_ALWAYS_INLINE void key_dots(const T* queries, index_t heads, index_t dim, Rows<T> keys, std::ptrdiff_t ahead, T* weights, index_t weight_stride) {
-    using V = Vec<T, A>;
-    constexpr int width = lanes<T, A>, half = width / 2;
-    const std::ptrdiff_t four = 4 * keys.stride;  // four base pointers and one offset address all keys
-    index_t m = 0;
-    for (; m + 2 <= heads; m += 2)
-        for (int part = 0; part < width; part += half) {
-            const T* const base[4] = {keys.row(part), keys.row(part + 1), keys.row(part + 2), keys.row(part + 3)};
-            PerLane<T, A> product;
-            expand<width>([&]<int... L>(Ints<L...>) POLYATTN_INLINE_LAMBDA { ((product[L] = V(T(0))), ...); });
-            for (index_t c = 0; c < dim; c += width) {
-                const V query[2] = {in_register<T, A>(V::load_aligned(queries + m * dim + c)), in_register<T, A>(V::load_aligned(queries + (m + 1) * dim + c))};
-                expand<half>([&]<int... L>(Ints<L...>) POLYATTN_INLINE_LAMBDA {
-                    const V key[half] = {in_register<T, A>(V::load_unaligned(base[L % 4] + L / 4 * four + c))...};
-                    if (m == 0 && ahead && c % cache_line<T> == 0) (prefetch(base[L % 4] + L / 4 * four + c + ahead), ...);
-                    ((product[L] = multiply_add(query[0], key[L], product[L])), ...);
-                    ((product[L + half] = multiply_add(query[1], key[L], product[L + half])), ...);
-                });
-            }
-            alignas(64) T dots[width];
-            lane_sums<T, A>(product).store_aligned(dots);
-            std::copy_n(dots, half, weights + m * weight_stride + part);
-            std::copy_n(dots + half, half, weights + (m + 1) * weight_stride + part);
-        }
-    if (m == heads) return;
-    const T* const base[4] = {keys.row(0), keys.row(1), keys.row(2), keys.row(3)};
-    PerLane<T, A> product;
-    expand<width>([&]<int... L>(Ints<L...>) POLYATTN_INLINE_LAMBDA {
-        ((product[L] = V(T(0))), ...);
-        for (index_t c = 0; c < dim; c += width) {
-            const V query = V::load_aligned(queries + m * dim + c);
-            if (m == 0 && ahead && c % cache_line<T> == 0) (prefetch(base[L % 4] + L / 4 * four + c + ahead), ...);
-            ((product[L] = multiply_add(query, V::load_unaligned(base[L % 4] + L / 4 * four + c), product[L])), ...);
-        }
-    });
-    lane_sums<T, A>(product).store_aligned(weights + m * weight_stride);
-}
-
-/// Rows that a tile fetches between its steps, four at a time.
+/// So many of the next rows that a tile fetches between its steps.
 template <class T>
-struct RowRun {
-    Rows<T> rows;
-    index_t columns;  // 0: nothing is fetched
+struct SomeLines {
+    NextRows<T>* rows;
+    index_t lines;
 
+    /// Lines to fetch each time for all `rows` to be there after so many times.
+    static index_t of(index_t rows, index_t columns, index_t times) { return (rows * ((columns + cache_line<T> - 1) / cache_line<T>) + times - 1) / times; }
     POLYATTN_ALWAYS_INLINE void fetch() {
-        for (index_t c = 0; c < columns; c += cache_line<T>)
-            for (int i = 0; i < 4; ++i) prefetch(rows.row(i) + c);
-        rows.data += 4 * rows.stride;
+        for (index_t i = 0; i < lines && !rows->empty(); ++i) rows->line();
     }
 };
 
-/// sums[head][columns] += sum over p < count of weights[head][p] * values[p][columns]. While the first heads work, what lies `ahead` of the values is fetched,
-/// if that is not 0.
+/// How the query heads of a key head lie in vectors: each has one or two lanes, which multiply one or two values of a key at once, and a single head has all of them.
 template <class T, class A>
-void add_values(const T* weights, index_t weight_stride, index_t heads, Rows<T> values, index_t count, std::ptrdiff_t ahead, index_t columns, T* sums) {
+struct HeadLanes {
+    static constexpr int width = lanes<T, A>;
+    index_t heads, run = heads == 1 ? width : sizeof(T) == 4 && 2 * heads <= width ? 2 : 1;
+    index_t slots = run > 1 ? width / run : padded(heads, width);  // heads and those that nobody asked for
+    index_t sets = run > 1 ? 1 : slots / width;
+    index_t period = slots * run;                                  // weights after which the heads come again at the start of a vector
+
+    /// f(integral_constant run).
+    template <class F>
+    void with_run(F&& f) const {
+        if (run == width) f(std::integral_constant<int, width>{});
+        else if (run == 1) f(std::integral_constant<int, 1>{});
+        else if constexpr (sizeof(T) == 4 && width > 2) f(std::integral_constant<int, 2>{});
+    }
+    /// Queries as [set][dim / run][head][run].
+    template <class Query>
+    void pack(index_t dim, Query&& query, T* to) const {
+        for (index_t first = 0; first < slots; first += width / run)
+            for (index_t t = 0; t < dim; t += run)
+                for (index_t lane = 0; lane < width; ++lane) *to++ = first + lane / run < heads ? query(first + lane / run, t + lane % run) : T(0);
+    }
+};
+
+/// Keys of a tile of scores.
+template <class T, class A, int Run>
+inline constexpr int decode_keys = Run == lanes<T, A> ? Run : std::max(lanes<T, A>, 8);
+
+/// weights[key][slots] = dots of `count` keys, in whole tiles, and one set of heads.
+template <int Run, class T, class A>
+void score_heads(const T* queries, index_t dim, Rows<T> keys, index_t count, T* weights, index_t slots, SomeLines<T> next) {
     using V = Vec<T, A>;
-    constexpr int width = lanes<T, A>;
-    for_each_key_tile<4>(heads, [&]<int M>(std::integral_constant<int, M>, index_t m) POLYATTN_INLINE_LAMBDA {
-        for_column_panels<M == 1 || Tiling<T, A>::registers == 32 ? 4 : Tiling<T, A>::columns, width>(columns, [&](auto vectors, index_t column) POLYATTN_INLINE_LAMBDA {
-            constexpr int N = vectors;
-            T* const to = sums + m * columns + column;
-            const T* const from = values.data + column;
-            V acc[M * N];
-            expand<M * N>([&]<int... I>(Ints<I...>) POLYATTN_INLINE_LAMBDA { ((acc[I] = V::load_aligned(to + I / N * columns + I % N * width)), ...); });
-            row_sum_tile<M, N, T, A>(acc, weights + m * weight_stride, weight_stride, from, values.stride, count, RowRun<T>{{from + ahead, values.stride}, m == 0 && ahead ? N * width : 0});
-            expand<M * N>([&]<int... I>(Ints<I...>) POLYATTN_INLINE_LAMBDA { (acc[I].store_aligned(to + I / N * columns + I % N * width), ...); });
+    constexpr int width = lanes<T, A>, M = decode_keys<T, A, Run>;
+    const std::ptrdiff_t four = 4 * keys.stride;  // four base pointers and one offset address all keys
+    for (index_t p = 0; p < count; p += M) {
+        const T* const base[4] = {keys.row(p), keys.row(p + 1), keys.row(p + 2), keys.row(p + 3)};
+        V dot[M];
+        expand<M>([&]<int... I>(Ints<I...>) POLYATTN_INLINE_LAMBDA { ((dot[I] = V(T(0))), ...); });
+        in_steps(dim / Run, [&](index_t t) POLYATTN_INLINE_LAMBDA {
+            const V query = in_register<T, A>(V::load_aligned(queries + t * width));
+            expand<M>([&]<int... I>(Ints<I...>) POLYATTN_INLINE_LAMBDA { ((dot[I] = multiply_add(query, repeat<Run, T, A>(base[I % 4] + I / 4 * four + t * Run), dot[I])), ...); });
+        }, next);
+        if constexpr (Run == width) lane_sums<T, A>(dot).store_aligned(weights + p);
+        else if constexpr (Run == 2)
+            expand<M / 2>([&]<int... I>(Ints<I...>) POLYATTN_INLINE_LAMBDA { (pair_sums<T, A>(dot[2 * I], dot[2 * I + 1]).store_aligned(weights + p * slots + I * width), ...); });
+        else
+            expand<M>([&]<int... I>(Ints<I...>) POLYATTN_INLINE_LAMBDA { (dot[I].store_aligned(weights + (p + I) * slots), ...); });
+    }
+}
+
+/// sums[head][columns] += sum over p < count of weights[p][head] * values[p][columns].
+template <class T, class A>
+void add_values(const T* weights, index_t slots, index_t heads, Rows<T> values, index_t count, index_t columns, T* sums, SomeLines<T> next) {
+    const auto panels = [&]<int M>(std::integral_constant<int, M>, index_t head) POLYATTN_INLINE_LAMBDA {
+        for_column_panels<M == 4 && Tiling<T, A>::registers < 32 ? 3 : 4, lanes<T, A>>(columns, [&](auto vectors, index_t column) POLYATTN_INLINE_LAMBDA {
+            weighted_sum_tile<M, vectors, T, A>(weights + head, values.data + column, values.stride, count, sums + head * columns + column, columns, true, slots, next);
         });
-    });
+    };
+    index_t head = 0;
+    for (; head + 4 <= heads; head += 4) panels(std::integral_constant<int, 4>{}, head);
+    for (; head + 2 <= heads; head += 2) panels(std::integral_constant<int, 2>{}, head);
+    if (head < heads) panels(std::integral_constant<int, 1>{}, head);
 }
 
 /// One hop of the heads `heads` of one query each, which share keys and values. O(keys) work, memory O(heads * chunks * d).
@@ -126,10 +131,9 @@ void decode(std::span<const Head<T, Bias>> heads, std::span<const HeadResult<T>>
     const index_t dim = padded(first.q.cols, width), columns = padded(first.v.cols, width);
     Arena& arena = workers[0];
     const Rows<T> k = readable_rows(first.k, true, width, arena), v = readable_rows(first.v, true, width, arena);
-    T* const queries = arena.take<T>(offset_t{rows} * dim).data();
-    for (index_t m = 0; m < rows; ++m)
-        for (index_t c = 0; c < dim; ++c)
-            queries[m * dim + c] = c < first.q.cols ? heads[static_cast<std::size_t>(m)].q(0, c) * static_cast<T>(first.scale * log2_e) : T(0);
+    const HeadLanes<T, A> layout{rows};
+    T* const queries = arena.take<T>(offset_t{layout.sets} * dim * width).data();
+    layout.pack(dim, [&](index_t m, index_t c) { return c < first.q.cols ? heads[static_cast<std::size_t>(m)].q(0, c) * static_cast<T>(first.scale * log2_e) : T(0); }, queries);
 
     // The chunks hang on the plan only, so every number of threads adds in the same order.
     offset_t runs = 0;
@@ -145,60 +149,89 @@ void decode(std::span<const Head<T, Bias>> heads, std::span<const HeadResult<T>>
     const index_t state_size = padded(columns + 2, width);  // sums, reference, sum of weights
     T* const states = arena.take<T>(runs * rows * state_size).data();
     const auto scratch = arena.take<T*>(workers.count());
-    for (int w = 0; w < workers.count(); ++w) scratch[static_cast<std::size_t>(w)] = workers[w].template take<T>(offset_t{rows} * (block + columns) + block * (dim + columns)).data();
+    for (int w = 0; w < workers.count(); ++w) scratch[static_cast<std::size_t>(w)] = workers[w].template take<T>(offset_t{block} * layout.slots + offset_t{rows} * columns + block * (dim + columns) + 2 * layout.period).data();
     const bool from_memory = offset_t{first.k.rows} * (dim + columns) * static_cast<offset_t>(sizeof(T)) > offset_t{8} << 20;
     parallel_for(runs, [&](offset_t r, int worker) {
         const KeyRun& run = chunks[static_cast<std::size_t>(r)];
-        T *const weights = scratch[static_cast<std::size_t>(worker)], *const sums = weights + offset_t{rows} * block;
+        T *const weights = scratch[static_cast<std::size_t>(worker)], *const sums = weights + offset_t{block} * layout.slots;
         T *const copied_keys = sums + offset_t{rows} * columns, *const copied_values = copied_keys + block * dim;
+        T *const highest = copied_values + block * columns, *const total = highest + layout.period;
         T* const state = states + r * rows * state_size;
         std::fill_n(sums, offset_t{rows} * columns, T(0));
         for (index_t m = 0; m < rows; ++m) {
             state[m * state_size + columns] = no_reference<T>;
             state[m * state_size + columns + 1] = T(0);
         }
+        // Scores of some keys to weights relative to each head's reference, which follows the highest score.
+        const auto soften = [&](index_t count) {
+            T* const end = weights + (count + layout.run - 1) / layout.run * layout.period;
+            std::fill(weights + count * layout.slots, end, masked_score<T>);
+            for (index_t c = 0; c < layout.period; c += width) {
+                V own(no_reference<T>);
+                for (const T* at = weights + c; at < end; at += layout.period) own = xsimd::max(V::load_aligned(at), own);
+                own.store_aligned(highest + c);
+            }
+            for (index_t m = 0; m < rows; ++m) {
+                T &reference = state[m * state_size + columns], &sum = state[m * state_size + columns + 1], own = reference;
+                for (index_t l = m; l < layout.period; l += layout.slots) own = std::max(own, highest[l]);
+                if (own > reference) {
+                    const T factor = std::exp2(reference - own);  // 0 for the first block
+                    scale_row<T, A>(sums + m * columns, factor, columns, sums + m * columns);
+                    sum *= factor;
+                    reference = own;
+                }
+                for (index_t l = m; l < layout.period; l += layout.slots) highest[l] = reference;
+            }
+            for (index_t c = 0; c < layout.period; c += width) {
+                const V reference = V::load_aligned(highest + c);
+                V sum(T(0));
+                for (T* at = weights + c; at < end; at += layout.period) {
+                    const V weight = pow2(V::load_aligned(at) - reference);
+                    weight.store_aligned(at);
+                    sum = sum + weight;
+                }
+                sum.store_aligned(total + c);
+            }
+            for (index_t m = 0; m < rows; ++m)
+                for (index_t l = m; l < layout.period; l += layout.slots) state[m * state_size + columns + 1] += total[l];
+        };
         for (index_t at = 0; at < run.count; at += block) {
             const index_t count = std::min(block, run.count - at);
             const auto key_at = [&](index_t p) { return run[at + std::min(p, count - 1)]; };  // the last one stands for those behind
             Rows<T> block_keys{k.row(key_at(0)), k.stride}, block_values{v.row(key_at(0)), v.stride};
             // The next block comes in meanwhile: the hardware does not see ahead where keys and values take turns.
-            const bool fetches = from_memory && !run.keys && key_at(0) + count + block <= first.k.rows;
-            if (run.keys) {
-                for (index_t p = 0; p < padded(count, width); ++p) {
-                    std::copy_n(k.row(key_at(p)), dim, copied_keys + p * dim);
+            NextRows<T> next_keys, next_values;
+            if (from_memory && !run.keys && key_at(0) + count + block <= first.k.rows) {
+                next_keys = {k.row(key_at(0) + count), k.stride, block, dim};
+                next_values = {v.row(key_at(0) + count), v.stride, block, columns};
+            }
+            layout.with_run([&]<int Run>(std::integral_constant<int, Run>) {
+                constexpr int M = decode_keys<T, A, Run>;
+                const index_t whole = run.keys ? 0 : count / M * M;
+                for (index_t p = whole; p < padded(count, M); ++p) {
+                    std::copy_n(k.row(key_at(p)), dim, copied_keys + (p - whole) * dim);
+                    if (!run.keys) continue;
                     std::copy_n(v.row(key_at(p)), columns, copied_values + p * columns);
                     if (!from_memory || at + block + p >= run.count) continue;
                     for (index_t c = 0; c < dim; c += cache_line<T>) prefetch(k.row(run[at + block + p]) + c);
                     for (index_t c = 0; c < columns; c += cache_line<T>) prefetch(v.row(run[at + block + p]) + c);
                 }
-                block_keys = {copied_keys, dim};
-                block_values = {copied_values, columns};
-            }
-            for (index_t p = 0; p < count; p += width) {
-                Rows<T> vector{block_keys.row(p), block_keys.stride};
-                if (!run.keys && p + width > count) {
-                    for (index_t l = 0; l < width; ++l) std::copy_n(k.row(key_at(p + l)), dim, copied_keys + l * dim);
-                    vector = {copied_keys, dim};
+                if (run.keys) block_values = {copied_values, columns};
+                const SomeLines<T> next{&next_keys, SomeLines<T>::of(block, dim, layout.sets * (block / M) * std::max(dim / Run / 4, 1))};
+                for (index_t set = 0; set < layout.sets; ++set) {
+                    score_heads<Run, T, A>(queries + set * dim * width, dim, block_keys, whole, weights + set * width, layout.slots, next);
+                    score_heads<Run, T, A>(queries + set * dim * width, dim, {copied_keys, dim}, padded(count, M) - whole, weights + whole * layout.slots + set * width, layout.slots, next);
                 }
-                key_dots<T, A>(queries, rows, dim, vector, fetches && p + width <= count ? block * k.stride : 0, weights + p, block);
-            }
-            for (index_t m = 0; m < rows; ++m) {
-                const std::span<T> own(weights + m * block, static_cast<std::size_t>(count));
-                if constexpr (!std::is_same_v<Bias, NoBias>) {
-                    const Head<T, Bias>& head = heads[static_cast<std::size_t>(m)];
-                    for (index_t p = 0; p < count; ++p) own[static_cast<std::size_t>(p)] += static_cast<T>(double((*head.bias)(head.batch, head.head, 0, run[at + p])) * log2_e);
-                }
-                T &reference = state[m * state_size + columns], &sum = state[m * state_size + columns + 1];
-                const T highest = highest_of<T, A>(own, reference);
-                if (highest > reference) {
-                    const T factor = std::exp2(reference - highest);  // 0 for the first block
-                    scale_row<T, A>(sums + m * columns, factor, columns, sums + m * columns);
-                    sum *= factor;
-                    reference = highest;
-                }
-                sum += exp2_in_place<T, A>(own, reference);
-            }
-            add_values<T, A>(weights, block, rows, block_values, count, fetches ? block * v.stride : 0, columns, sums);
+            });
+            if constexpr (!std::is_same_v<Bias, NoBias>)
+                for (index_t p = 0; p < count; ++p)
+                    for (index_t m = 0; m < rows; ++m) {
+                        const Head<T, Bias>& head = heads[static_cast<std::size_t>(m)];
+                        weights[p * layout.slots + m] += static_cast<T>(double((*head.bias)(head.batch, head.head, 0, run[at + p])) * log2_e);
+                    }
+            soften(count);
+            const index_t tiles = (rows + 3) / 4 * std::max(columns / width / 4, 1);
+            add_values<T, A>(weights, layout.slots, rows, block_values, count, columns, sums, SomeLines<T>{&next_values, SomeLines<T>::of(block, columns, tiles * (block / 4))});
         }
         for (index_t m = 0; m < rows; ++m) std::copy_n(sums + m * columns, columns, state + m * state_size);
     });

@@ -6,6 +6,7 @@
 #include <xsimd/xsimd.hpp>
 
 #include <bit>
+#include <cstring>
 #include <limits>
 #include <utility>
 
@@ -89,6 +90,50 @@ POLYATTN_ALWAYS_INLINE Vec<T, A> interleave(Vec<T, A> a, Vec<T, A> b) {
 #endif
     if constexpr (Upper) return xsimd::zip_hi(a, b);
     else return xsimd::zip_lo(a, b);
+}
+
+/// a0 + a1, a2 + a3, .. then b0 + b1, b2 + b3, ..
+template <class T, class A>
+POLYATTN_ALWAYS_INLINE Vec<T, A> pair_sums(Vec<T, A> a, Vec<T, A> b) {
+#if XSIMD_WITH_AVX512F
+    if constexpr (is_avx512<A>) {
+        if constexpr (std::is_same_v<T, float>) {
+            const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+            return Vec<T, A>(_mm512_permutex2var_ps(a, even, b)) + Vec<T, A>(_mm512_permutex2var_ps(a, _mm512_add_epi32(even, _mm512_set1_epi32(1)), b));
+        } else {
+            const __m512i even = _mm512_setr_epi64(0, 2, 4, 6, 8, 10, 12, 14);
+            return Vec<T, A>(_mm512_permutex2var_pd(a, even, b)) + Vec<T, A>(_mm512_permutex2var_pd(a, _mm512_add_epi64(even, _mm512_set1_epi64(1)), b));
+        }
+    } else
+#endif
+#if XSIMD_WITH_AVX
+    if constexpr (is_avx<A>) {
+        if constexpr (std::is_same_v<T, float>) return _mm256_hadd_ps(_mm256_permute2f128_ps(a, b, 0x20), _mm256_permute2f128_ps(a, b, 0x31));
+        else return _mm256_hadd_pd(_mm256_permute2f128_pd(a, b, 0x20), _mm256_permute2f128_pd(a, b, 0x31));
+    } else
+#endif
+    {
+        // Interleaved once more than log2(lanes) times, all would be in its place again: so often, the even ones are first.
+        for (int round = 1; round < lanes<T, A>; round *= 2) {
+            const Vec<T, A> lower = interleave<false, T, A>(a, b);
+            b = interleave<true, T, A>(a, b);
+            a = lower;
+        }
+        return a + b;
+    }
+}
+
+/// from[0], .. from[Count - 1] again and again.
+template <int Count, class T, class A>
+POLYATTN_ALWAYS_INLINE Vec<T, A> repeat(const T* from) {
+    if constexpr (Count == 1) return Vec<T, A>(*from);
+    else if constexpr (Count == lanes<T, A>) return Vec<T, A>::load_unaligned(from);
+    else {
+        static_assert(Count * sizeof(T) == sizeof(double));
+        double both;
+        std::memcpy(&both, from, sizeof both);
+        return bit_cast<T>(Vec<double, A>(both));
+    }
 }
 
 /// The vector in a register of its own. With 16 registers GCC would rather load a value again for each use, and tiles are bound by loads.
