@@ -1,4 +1,4 @@
-// Dense, causal and sliding-window attention, biases, many short sequences. 4 d useful flops a pair.
+// Dense, causal and sliding-window attention, biases, many short sequences, heads side by side in rows. 4 d useful flops a pair.
 #include "common.hpp"
 
 #include <polyattn/policy/bias/bias.hpp>
@@ -96,6 +96,31 @@ void short_sequences(benchmark::State& state) {
     report_share(state, flops / medians.time / medians.limit, wide && batch == 32 ? .70 : 0);
 }
 
+/// Causal heads whose queries, keys and values are columns of one projection's output, as every trained layer has them.
+void projected(benchmark::State& state) {
+    use_threads(1);
+    const Attention<Causal> layer;
+    const auto heads = static_cast<index_t>(state.range(0)), n = static_cast<index_t>(state.range(1));
+    const auto x = random_tensor({n, 3 * heads * 64}, 1);
+    const auto part = [&](index_t i) { return TensorView<const float>{x.values.data() + i * heads * 64, {1, heads, n, 64}, {0, 64, offset_t{3} * heads * 64, 1}}; };
+    Tensor<float> out({n, heads * 64});
+    const TensorView<float> to{out.values.data(), {1, heads, n, 64}, {0, 64, offset_t{heads} * 64, 1}};
+    Workspace workspace;
+    const CallOptions options{.plan = layer.plan(n, n), .workspace = &workspace};
+    layer.into(to, part(0), part(1), part(2), options);
+    const auto last_head = [&](TensorView<const float> all) {
+        Tensor<float> one({n, 64});
+        for (index_t i = 0; i < n; ++i) std::copy_n(all.head(0, heads - 1).row(i), 64, one.values.data() + offset_t{i} * 64);
+        return one;
+    };
+    if (const std::string wrong = check_forward(layer, *options.plan, last_head(part(0)), last_head(part(1)), last_head(part(2)), last_head(to)); !wrong.empty())
+        return state.SkipWithError(wrong.c_str());
+    const Medians medians = time_calls(state, [&] { layer.into(to, part(0), part(1), part(2), options); }, fma_burst<float>);
+    const double flops = 4. * 64 * double(options.plan->count()) * double(heads);
+    state.counters["GF/s"] = flops / medians.time / 1e9;
+    report_share(state, flops / medians.time / medians.limit, 0);
+}
+
 }  // namespace
 
 #define POLYATTN_BENCHMARK(...) BENCHMARK(__VA_ARGS__)->UseManualTime()->Unit(benchmark::kMillisecond)
@@ -106,5 +131,6 @@ POLYATTN_BENCHMARK(window)->ArgNames({"n", "d", "w"})->ArgsProduct({{1024, 4096,
 POLYATTN_BENCHMARK(alibi)->ArgNames({"n"})->Arg(1024)->Arg(4096);
 POLYATTN_BENCHMARK(relative)->ArgNames({"n"})->Arg(1024)->Arg(4096);
 POLYATTN_BENCHMARK(short_sequences)->ArgNames({"batch", "heads", "n"})->Args({2, 12, 128})->Args({32, 12, 128});
+POLYATTN_BENCHMARK(projected)->ArgNames({"heads", "n"})->ArgsProduct({{4}, {1024, 4096}});
 
 BENCHMARK_MAIN();
