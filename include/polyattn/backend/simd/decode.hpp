@@ -100,7 +100,7 @@ void score_heads(const T* queries, index_t dim, Rows<T> keys, index_t count, T* 
         }, next);
         if constexpr (Run == width) lane_sums<T, A>(dot).store_aligned(weights + p);
         else if constexpr (Run == 2)
-            expand<M / 2>([&]<int... I>(Ints<I...>) POLYATTN_INLINE_LAMBDA { (pair_sums<T, A>(dot[2 * I], dot[2 * I + 1]).store_aligned(weights + p * slots + I * width), ...); });
+            expand<M / 2>([&]<int... I>(Ints<I...>) POLYATTN_INLINE_LAMBDA { (pair_sums<A>(dot[2 * I], dot[2 * I + 1]).store_aligned(weights + p * slots + I * width), ...); });
         else
             expand<M>([&]<int... I>(Ints<I...>) POLYATTN_INLINE_LAMBDA { (dot[I].store_aligned(weights + (p + I) * slots), ...); });
     }

@@ -93,30 +93,23 @@ POLYATTN_ALWAYS_INLINE Vec<T, A> interleave(Vec<T, A> a, Vec<T, A> b) {
 }
 
 /// a0 + a1, a2 + a3, .. then b0 + b1, b2 + b3, ..
-template <class T, class A>
-POLYATTN_ALWAYS_INLINE Vec<T, A> pair_sums(Vec<T, A> a, Vec<T, A> b) {
+template <class A>
+POLYATTN_ALWAYS_INLINE Vec<float, A> pair_sums(Vec<float, A> a, Vec<float, A> b) {
 #if XSIMD_WITH_AVX512F
     if constexpr (is_avx512<A>) {
-        if constexpr (std::is_same_v<T, float>) {
-            const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
-            return Vec<T, A>(_mm512_permutex2var_ps(a, even, b)) + Vec<T, A>(_mm512_permutex2var_ps(a, _mm512_add_epi32(even, _mm512_set1_epi32(1)), b));
-        } else {
-            const __m512i even = _mm512_setr_epi64(0, 2, 4, 6, 8, 10, 12, 14);
-            return Vec<T, A>(_mm512_permutex2var_pd(a, even, b)) + Vec<T, A>(_mm512_permutex2var_pd(a, _mm512_add_epi64(even, _mm512_set1_epi64(1)), b));
-        }
+        const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+        return Vec<float, A>(_mm512_permutex2var_ps(a, even, b)) + Vec<float, A>(_mm512_permutex2var_ps(a, _mm512_add_epi32(even, _mm512_set1_epi32(1)), b));
     } else
 #endif
 #if XSIMD_WITH_AVX
-    if constexpr (is_avx<A>) {
-        if constexpr (std::is_same_v<T, float>) return _mm256_hadd_ps(_mm256_permute2f128_ps(a, b, 0x20), _mm256_permute2f128_ps(a, b, 0x31));
-        else return _mm256_hadd_pd(_mm256_permute2f128_pd(a, b, 0x20), _mm256_permute2f128_pd(a, b, 0x31));
-    } else
+    if constexpr (is_avx<A>) return _mm256_hadd_ps(_mm256_permute2f128_ps(a, b, 0x20), _mm256_permute2f128_ps(a, b, 0x31));
+    else
 #endif
     {
         // Interleaved once more than log2(lanes) times, all would be in its place again: so often, the even ones are first.
-        for (int round = 1; round < lanes<T, A>; round *= 2) {
-            const Vec<T, A> lower = interleave<false, T, A>(a, b);
-            b = interleave<true, T, A>(a, b);
+        for (int round = 1; round < lanes<float, A>; round *= 2) {
+            const Vec<float, A> lower = interleave<false, float, A>(a, b);
+            b = interleave<true, float, A>(a, b);
             a = lower;
         }
         return a + b;
