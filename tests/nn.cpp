@@ -217,7 +217,7 @@ TEST_CASE("whole models: finite differences of every parameter") {
         model.train(text, targets, batch, saved, pass);
         check_gradients(random, model, {}, [&] { return nn::cross_entropy(model.forward(text, batch, saved, pass), targets); });
     };
-    const nn::TransformerOptions small{.layers = 2, .dim = 12, .heads = 2, .hidden = 20, .deviation = .3, .seed = random.seed()};
+    const nn::TransformerOptions small{.layers = 2, .dim = 8, .heads = 2, .hidden = 10, .deviation = .3, .seed = random.seed()};
     check(Attention<Causal, Alibi>{Alibi(2)}, small, {});
     auto options = small;
     options.pre_norm = false;
