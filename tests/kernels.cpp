@@ -45,7 +45,6 @@ TEST_CASE("biases") {
     check(float{}, Alibi(2), "Alibi");
     RelativePosition table{.heads = 2, .reach = 4, .table = std::vector<double>(18)};
     for (double& entry : table.table) entry = random.normal();
-    check(float{}, table, "RelativePosition");
     check(double{}, table, "RelativePosition");
     RelativePosition2D picture{.heads = 2, .width = 6, .reach = 2, .table = std::vector<double>(50)};
     for (double& entry : picture.table) entry = random.normal();

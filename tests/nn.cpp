@@ -1,6 +1,5 @@
 // Layers with parameters: finite differences of everything that is learned, training steps that repeat
 // to the last bit, files, schedules and ensembles.
-#include "../examples/bert.hpp"
 #include "support/random.hpp"
 
 #include <polyattn/nn/classifier.hpp>
@@ -435,39 +434,6 @@ TEST_CASE("files: what numpy wrote, names of someone else, and what is refused")
         out << "\xff\xff\xff\xff\xff\xff\xff\x7f{}";
     }
     CHECK_THROWS_AS(File::read(path), nn::file_error);
-}
-
-TEST_CASE("a pretrained encoder of someone else: the outputs that numpy computed") {
-    const std::filesystem::path path = std::filesystem::path(POLYATTN_TEST_DATA) / "tiny_bert.safetensors";
-    const auto file = nn::TensorFile<double>::read(path);
-    const auto encoder = read_bert<double>(path, 2);
-    const auto sparse = read_bert<double>(path, 2, Attention{SlidingWindow{.window = 14}});  // wide enough to be dense
-    std::remove_const_t<decltype(encoder)>::Saved saved;
-    std::remove_const_t<decltype(sparse)>::Saved sparse_saved;
-    Workspace workspace;
-    const auto check = [&](const MatrixView<const double>& features, const Tensor<double>& wanted) {
-        REQUIRE(features.rows == wanted.shape[0]);
-        for (index_t i = 0; i < features.rows; ++i)
-            for (index_t c = 0; c < features.cols; ++c) CHECK(std::abs(features(i, c) - wanted.values[static_cast<std::size_t>(i * features.cols + c)]) < 1e4 * unit);  // some hundred roundings, of numbers up to 4
-    };
-    for (const std::string number : {"0", "1"}) {
-        const Tensor<double>& input = file.at("input." + number);
-        std::vector<index_t> tokens(input.values.begin(), input.values.end());
-        check(encoder.forward(tokens, 1, saved, {.workspace = &workspace}), file.at("output." + number));
-        check(sparse.forward(tokens, 1, sparse_saved, {.workspace = &workspace}), file.at("output." + number));
-    }
-    // Both as one padded batch.
-    std::vector<index_t> both{1, 4, 9, 4, 0, 10, 7, 3, 0, 0, 0, 0, 0, 0};
-    const auto features = encoder.forward(both, 2, saved, {.workspace = &workspace, .lengths = {7, 1}});
-    check({features.data, 7, features.cols, features.row_stride, 1}, file.at("output.0"));
-    check({features.row(7), 1, features.cols, features.row_stride, 1}, file.at("output.1"));
-    CHECK_THROWS_AS(read_bert<double>(path, 3), invalid_input);  // heads that do not divide
-    auto broken = file;
-    CHECK_THROWS_AS(broken.stack("all", {}), invalid_input);
-    CHECK_THROWS_AS(broken.stack("all", {"bert.embeddings.LayerNorm.weight", "output.0"}), invalid_input);
-    CHECK_THROWS_AS(broken.stack("all", {"output.0", "bert.encoder.layer.0.intermediate.dense.bias"}), invalid_input);
-    broken.stack("all", {"output.0", "output.1"});
-    CHECK(broken.at("all").shape == std::vector<offset_t>{8, 8});
 }
 
 TEST_CASE("which layers sample, and when") {
