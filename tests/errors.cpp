@@ -173,16 +173,16 @@ TEST_CASE("shapes and options of calls") {
         {"plan", "6 queries x 6 keys", "5 x 5", call(x, x, x, {.plan = Dense{}.plan(5, 5)})},
         {"out", "[2, 4, 6, 8]", "[2, 4, 6, 9]", [&] { auto out = tensor({2, 4, 6, 9}); attention.into(out, x, x, x); }},
         {"saved", "a forward pass of this layer, with 2 hops", "1", [&] { (void)attention.backward(Attention<>{}.forward(x, x, x).saved, x); }},
-        {"heads of RelativePosition", "4", "1", [&] { (void)Attention{RelativePosition{}}(x, x, x); }},
-        {"heads of RelativePosition2D", "4", "1", [&] { (void)Attention{RelativePosition2D{}}(x, x, x); }},
-        {"heads of TableBias", "4", "1", [&] { (void)Attention{TableBias{[](index_t, index_t, index_t) { return 0; }, 1, {0.}}}(x, x, x); }},
+        {"heads of RelativePosition", "4", "1", [&] { (void)Attention{RelativePosition{}, Reference{}}(x, x, x); }},
+        {"heads of RelativePosition2D", "4", "1", [&] { (void)Attention{RelativePosition2D{}, Reference{}}(x, x, x); }},
+        {"heads of TableBias", "4", "1", [&] { (void)Attention{TableBias{[](index_t, index_t, index_t) { return 0; }, 1, {0.}}, Reference{}}(x, x, x); }},
         {"d_out", "[2, 4, 6, 8]", "[2, 4, 6, 9]", [&] { (void)attention.backward(attention.forward(x, x, x).saved, tensor({2, 4, 6, 9})); }},
         {"extents", "rank 2 [tokens, dim], 3 [heads, tokens, dim] or 4 [batch, heads, tokens, dim]", "rank 1", [] { float f = 0; tensor_view(&f, {1}); }},
         {"extents", "extents of 0 to 2^31 - 1", "-1", [] { float f = 0; tensor_view(&f, {-1, 2}); }},
         {"extents", "extents of 0 to 2^31 - 1", "2147483648", [] { float f = 0; tensor_view(&f, {2147483648, 1}); }},
         {"strides", "as many strides as extents", "1", [] { float f = 0; tensor_view(&f, {1, 1}, {1}); }},
-        {"heads of Alibi", "4", "3", [&] { (void)Attention<Alibi>{Alibi(3)}(x, x, x); }},
-        {"row of the bias table", "rows of [0, 2)", "5", [&] { (void)Attention{TableBias{[](index_t, index_t, index_t) { return 5; }, 4, std::vector<double>(8)}}(x, x, x); }},
+        {"heads of Alibi", "4", "3", [&] { (void)Attention{Alibi(3), Reference{}}(x, x, x); }},
+        {"row of the bias table", "rows of [0, 2)", "5", [&] { (void)Attention{TableBias{[](index_t, index_t, index_t) { return 5; }, 4, std::vector<double>(8)}, Reference{}}(x, x, x); }},
     });
 }
 
