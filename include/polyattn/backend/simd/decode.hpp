@@ -120,142 +120,181 @@ void add_values(const T* weights, index_t slots, index_t heads, Rows<T> values, 
     if (head < heads) panels(std::integral_constant<int, 1>{}, head);
 }
 
-/// One hop of the heads `heads` of one query each, which share keys and values. O(keys) work, memory O(heads * chunks * d).
+/// One hop of the heads `heads` of one query each, which share keys and values: chunks of keys one by one, on any number of threads, and what they give put together.
 template <class A, class T, class Bias>
-void decode(std::span<const Head<T, Bias>> heads, std::span<const HeadResult<T>> results, Workers& workers) {
-    using V = Vec<T, A>;
-    constexpr int width = lanes<T, A>;
-    constexpr index_t block = 64, chunk_keys = 4096;  // a block of values stays in the first-level cache
-    const Head<T, Bias>& first = heads[0];
-    const auto rows = static_cast<index_t>(heads.size());
-    const index_t dim = padded(first.q.cols, width), columns = padded(first.v.cols, width);
-    Arena& arena = workers[0];
-    const Rows<T> k = readable_rows(first.k, true, width, arena), v = readable_rows(first.v, true, width, arena);
-    const HeadLanes<T, A> layout{rows};
-    T* const queries = arena.take<T>(offset_t{layout.sets} * dim * width).data();
-    layout.pack(dim, [&](index_t m, index_t c) { return c < first.q.cols ? heads[static_cast<std::size_t>(m)].q(0, c) * static_cast<T>(first.scale * log2_e) : T(0); }, queries);
-
-    // The chunks hang on the plan only, so every number of threads adds in the same order.
-    offset_t runs = 0;
-    const index_t key_length = first.query_length > 0 ? first.key_length : 0;
-    std::span<KeyRun> chunks;
-    for (const bool counting : {true, false}) {
-        if (!counting) chunks = arena.take<KeyRun>(std::exchange(runs, 0));
-        for_each_key_run(*first.plan, key_length, [&](const KeyRun& run) {
-            for (index_t at = 0; at < run.count; at += chunk_keys, ++runs)
-                if (!counting) chunks[static_cast<std::size_t>(runs)] = {run.keys ? run.keys + at : nullptr, run.first + at, std::min(chunk_keys, run.count - at)};
-        });
+class Decoding {
+public:
+    Decoding(std::span<const Head<T, Bias>> heads, Workers& workers)
+        : heads_(heads), first_(heads[0]), rows_(static_cast<index_t>(heads.size())), dim_(padded(first_.q.cols, width)), columns_(padded(first_.v.cols, width)),
+          k_(readable_rows(first_.k, true, width, workers[0])), v_(readable_rows(first_.v, true, width, workers[0])),
+          from_memory_(offset_t{first_.k.rows} * (dim_ + columns_) * static_cast<offset_t>(sizeof(T)) > offset_t{8} << 20) {
+        Arena& arena = workers[0];
+        queries_ = arena.take<T>(offset_t{layout_.sets} * dim_ * width).data();
+        layout_.pack(dim_, [&](index_t m, index_t c) { return c < first_.q.cols ? heads[static_cast<std::size_t>(m)].q(0, c) * static_cast<T>(first_.scale * log2_e) : T(0); }, queries_);
+        cut(arena);
+        states_ = arena.take<T>(runs() * rows_ * state_size_).data();
+        scratch_ = arena.take<T*>(workers.count());
+        for (int w = 0; w < workers.count(); ++w)
+            scratch_[static_cast<std::size_t>(w)] = workers[w].template take<T>(offset_t{block} * layout_.slots + offset_t{rows_} * columns_ + block * (dim_ + columns_) + 2 * layout_.period).data();
     }
-    const index_t state_size = padded(columns + 2, width);  // sums, reference, sum of weights
-    T* const states = arena.take<T>(runs * rows * state_size).data();
-    const auto scratch = arena.take<T*>(workers.count());
-    for (int w = 0; w < workers.count(); ++w) scratch[static_cast<std::size_t>(w)] = workers[w].template take<T>(offset_t{block} * layout.slots + offset_t{rows} * columns + block * (dim + columns) + 2 * layout.period).data();
-    const bool from_memory = offset_t{first.k.rows} * (dim + columns) * static_cast<offset_t>(sizeof(T)) > offset_t{8} << 20;
-    parallel_for(runs, [&](offset_t r, int worker) {
-        const KeyRun& run = chunks[static_cast<std::size_t>(r)];
-        T *const weights = scratch[static_cast<std::size_t>(worker)], *const sums = weights + offset_t{block} * layout.slots;
-        T *const copied_keys = sums + offset_t{rows} * columns, *const copied_values = copied_keys + block * dim;
-        T *const highest = copied_values + block * columns, *const total = highest + layout.period;
-        T* const state = states + r * rows * state_size;
-        std::fill_n(sums, offset_t{rows} * columns, T(0));
-        for (index_t m = 0; m < rows; ++m) {
-            state[m * state_size + columns] = no_reference<T>;
-            state[m * state_size + columns + 1] = T(0);
-        }
-        // Scores of some keys to weights relative to each head's reference, which follows the highest score.
-        const auto soften = [&](index_t count) {
-            T* const end = weights + (count + layout.run - 1) / layout.run * layout.period;
-            std::fill(weights + count * layout.slots, end, masked_score<T>);
-            for (index_t c = 0; c < layout.period; c += width) {
-                V own(no_reference<T>);
-                for (const T* at = weights + c; at < end; at += layout.period) own = xsimd::max(V::load_aligned(at), own);
-                own.store_aligned(highest + c);
-            }
-            for (index_t m = 0; m < rows; ++m) {
-                T &reference = state[m * state_size + columns], &sum = state[m * state_size + columns + 1], own = reference;
-                for (index_t l = m; l < layout.period; l += layout.slots) own = std::max(own, highest[l]);
-                if (own > reference) {
-                    const T factor = std::exp2(reference - own);  // 0 for the first block
-                    scale_row<T, A>(sums + m * columns, factor, columns, sums + m * columns);
-                    sum *= factor;
-                    reference = own;
-                }
-                for (index_t l = m; l < layout.period; l += layout.slots) highest[l] = reference;
-            }
-            for (index_t c = 0; c < layout.period; c += width) {
-                const V reference = V::load_aligned(highest + c);
-                V sum(T(0));
-                for (T* at = weights + c; at < end; at += layout.period) {
-                    const V weight = pow2(V::load_aligned(at) - reference);
-                    weight.store_aligned(at);
-                    sum = sum + weight;
-                }
-                sum.store_aligned(total + c);
-            }
-            for (index_t m = 0; m < rows; ++m)
-                for (index_t l = m; l < layout.period; l += layout.slots) state[m * state_size + columns + 1] += total[l];
-        };
+    offset_t runs() const { return static_cast<offset_t>(chunks_.size()); }
+
+    /// Chunk r: for each head the sum of weights times values, the weights' reference and their sum.
+    void attend(offset_t r, int worker) {
+        const KeyRun& run = chunks_[static_cast<std::size_t>(r)];
+        const Chunk chunk(*this, states_ + r * rows_ * state_size_, scratch_[static_cast<std::size_t>(worker)]);
         for (index_t at = 0; at < run.count; at += block) {
             const index_t count = std::min(block, run.count - at);
-            const auto key_at = [&](index_t p) { return run[at + std::min(p, count - 1)]; };  // the last one stands for those behind
-            Rows<T> block_keys{k.row(key_at(0)), k.stride}, block_values{v.row(key_at(0)), v.stride};
             // The next block comes in meanwhile: the hardware does not see ahead where keys and values take turns.
             NextRows<T> next_keys, next_values;
-            if (from_memory && !run.keys && key_at(0) + count + block <= first.k.rows) {
-                next_keys = {k.row(key_at(0) + count), k.stride, block, dim};
-                next_values = {v.row(key_at(0) + count), v.stride, block, columns};
+            if (const index_t next = run[at] + count; from_memory_ && !run.keys && next + block <= first_.k.rows) {
+                next_keys = {k_.row(next), k_.stride, block, dim_};
+                next_values = {v_.row(next), v_.stride, block, columns_};
             }
-            layout.with_run([&]<int Run>(std::integral_constant<int, Run>) {
-                constexpr int M = decode_keys<T, A, Run>;
-                const index_t whole = run.keys ? 0 : count / M * M;
-                for (index_t p = whole; p < padded(count, M); ++p) {
-                    std::copy_n(k.row(key_at(p)), dim, copied_keys + (p - whole) * dim);
-                    if (!run.keys) continue;
-                    std::copy_n(v.row(key_at(p)), columns, copied_values + p * columns);
-                    if (!from_memory || at + block + p >= run.count) continue;
-                    for (index_t c = 0; c < dim; c += cache_line<T>) prefetch(k.row(run[at + block + p]) + c);
-                    for (index_t c = 0; c < columns; c += cache_line<T>) prefetch(v.row(run[at + block + p]) + c);
-                }
-                if (run.keys) block_values = {copied_values, columns};
-                const SomeLines<T> next{&next_keys, SomeLines<T>::of(block, dim, layout.sets * (block / M) * std::max(dim / Run / 4, 1))};
-                for (index_t set = 0; set < layout.sets; ++set) {
-                    score_heads<Run, T, A>(queries + set * dim * width, dim, block_keys, whole, weights + set * width, layout.slots, next);
-                    score_heads<Run, T, A>(queries + set * dim * width, dim, {copied_keys, dim}, padded(count, M) - whole, weights + whole * layout.slots + set * width, layout.slots, next);
-                }
-            });
-            if constexpr (!std::is_same_v<Bias, NoBias>)
-                for (index_t p = 0; p < count; ++p)
-                    for (index_t m = 0; m < rows; ++m) {
-                        const Head<T, Bias>& head = heads[static_cast<std::size_t>(m)];
-                        weights[p * layout.slots + m] += static_cast<T>(double((*head.bias)(head.batch, head.head, 0, run[at + p])) * log2_e);
-                    }
-            soften(count);
-            const index_t tiles = (rows + 3) / 4 * std::max(columns / width / 4, 1);
-            add_values<T, A>(weights, layout.slots, rows, block_values, count, columns, sums, SomeLines<T>{&next_values, SomeLines<T>::of(block, columns, tiles * (block / 4))});
+            const Rows<T> values = run.keys ? Rows<T>{chunk.values, columns_} : Rows<T>{v_.row(run[at]), v_.stride};
+            score(run, at, count, chunk, next_keys);
+            add_bias(run, at, count, chunk.weights);
+            soften(count, chunk);
+            const index_t tiles = (rows_ + 3) / 4 * std::max(columns_ / width / 4, 1);
+            add_values<T, A>(chunk.weights, layout_.slots, rows_, values, count, columns_, chunk.sums, SomeLines<T>{&next_values, SomeLines<T>::of(block, columns_, tiles * (block / 4))});
         }
-        for (index_t m = 0; m < rows; ++m) std::copy_n(sums + m * columns, columns, state + m * state_size);
-    });
-
-    T* const out = arena.take<T>(columns).data();
-    for (index_t m = 0; m < rows; ++m) {
-        const auto state = [&](offset_t r) { return states + (r * rows + m) * state_size; };
-        T highest = no_reference<T>, total = 0;
-        for (offset_t r = 0; r < runs; ++r) highest = std::max(highest, state(r)[columns]);
-        std::fill_n(out, columns, T(0));
-        for (offset_t r = 0; r < runs; ++r) {
-            const T factor = is_zero(state(r)[columns + 1]) ? T(0) : std::exp2(state(r)[columns] - highest);
-            if (is_zero(factor)) continue;
-            total += factor * state(r)[columns + 1];
-            map_row<T, A>(state(r), out, columns, [&](V x, V y) POLYATTN_INLINE_LAMBDA { return multiply_add(V(factor), x, y); });
-        }
-        const HeadResult<T>& result = results[static_cast<std::size_t>(m)];
-        const bool alive = !is_zero(total);
-        const T factor = alive ? static_cast<T>(first.recursion->hops[0].walk * first.recursion->start) / total : T(0);
-        for (index_t c = 0; c < first.v.cols; ++c) out[c] = alive ? out[c] * factor : T(0);
-        for (index_t c = 0; c < first.v.cols; ++c) result.out(0, c) = result.accumulate ? result.out(0, c) + out[c] : out[c];
-        if (result.logsumexp) *result.logsumexp = alive ? static_cast<T>((double(highest) + std::log2(double(total))) * ln_2) : empty_row<T>();
-        if (result.hops) std::copy_n(out, first.v.cols, result.hops);
+        for (index_t m = 0; m < rows_; ++m) std::copy_n(chunk.sums + m * columns_, columns_, chunk.state + m * state_size_);
     }
+    /// All chunks of head m, in their order.
+    void finish(index_t m, const HeadResult<T>& result) {
+        const auto state = [&](offset_t r) { return states_ + (r * rows_ + m) * state_size_; };
+        T* const out = scratch_[0];
+        T highest = no_reference<T>, total = 0;
+        for (offset_t r = 0; r < runs(); ++r) highest = std::max(highest, state(r)[columns_]);
+        std::fill_n(out, columns_, T(0));
+        for (offset_t r = 0; r < runs(); ++r) {
+            const T factor = is_zero(state(r)[columns_ + 1]) ? T(0) : std::exp2(state(r)[columns_] - highest);
+            if (is_zero(factor)) continue;
+            total += factor * state(r)[columns_ + 1];
+            map_row<T, A>(state(r), out, columns_, [&](V x, V y) POLYATTN_INLINE_LAMBDA { return multiply_add(V(factor), x, y); });
+        }
+        const bool alive = !is_zero(total);
+        const T factor = alive ? static_cast<T>(first_.recursion->hops[0].walk * first_.recursion->start) / total : T(0);
+        for (index_t c = 0; c < first_.v.cols; ++c) out[c] = alive ? out[c] * factor : T(0);
+        for (index_t c = 0; c < first_.v.cols; ++c) result.out(0, c) = result.accumulate ? result.out(0, c) + out[c] : out[c];
+        if (result.logsumexp) *result.logsumexp = alive ? static_cast<T>((double(highest) + std::log2(double(total))) * ln_2) : empty_row<T>();
+        if (result.hops) std::copy_n(out, first_.v.cols, result.hops);
+    }
+
+private:
+    using V = Vec<T, A>;
+    static constexpr int width = lanes<T, A>;
+    static constexpr index_t block = 64, chunk_keys = 4096;  // a block of values stays in the first-level cache
+
+    /// What a chunk is worked out in: weights of a block, [key][head], sums [head][columns], copies of keys and values that are not where a tile wants them, a number for each lane of a period.
+    struct Chunk {
+        Chunk(const Decoding& of, T* states, T* scratch)
+            : state(states), weights(scratch), sums(weights + offset_t{block} * of.layout_.slots), keys(sums + offset_t{of.rows_} * of.columns_), values(keys + block * of.dim_),
+              highest(values + block * of.columns_), total(highest + of.layout_.period) {
+            std::fill_n(sums, offset_t{of.rows_} * of.columns_, T(0));
+            for (index_t m = 0; m < of.rows_; ++m) {
+                state[m * of.state_size_ + of.columns_] = no_reference<T>;
+                state[m * of.state_size_ + of.columns_ + 1] = T(0);
+            }
+        }
+        T *const state, *const weights, *const sums, *const keys, *const values, *const highest, *const total;
+    };
+
+    /// The chunks hang on the plan only, so every number of threads adds in the same order.
+    void cut(Arena& arena) {
+        const index_t key_length = first_.query_length > 0 ? first_.key_length : 0;
+        const auto for_each_chunk = [&](auto&& f) {
+            for_each_key_run(*first_.plan, key_length, [&](const KeyRun& run) {
+                for (index_t at = 0; at < run.count; at += chunk_keys) f(KeyRun{run.keys ? run.keys + at : nullptr, run.first + at, std::min(chunk_keys, run.count - at)});
+            });
+        };
+        std::size_t count = 0;
+        for_each_chunk([&](const KeyRun&) { ++count; });
+        chunks_ = arena.take<KeyRun>(static_cast<offset_t>(count));
+        count = 0;
+        for_each_chunk([&](const KeyRun& run) { chunks_[count++] = run; });
+    }
+    void score(const KeyRun& run, index_t at, index_t count, const Chunk& chunk, NextRows<T>& next_keys) {
+        const auto key_at = [&](index_t p) { return run[at + std::min(p, count - 1)]; };  // the last one stands for those behind
+        layout_.with_run([&]<int Run>(std::integral_constant<int, Run>) {
+            constexpr int M = decode_keys<T, A, Run>;
+            const index_t whole = run.keys ? 0 : count / M * M;
+            for (index_t p = whole; p < padded(count, M); ++p) {
+                std::copy_n(k_.row(key_at(p)), dim_, chunk.keys + (p - whole) * dim_);
+                if (!run.keys) continue;
+                std::copy_n(v_.row(key_at(p)), columns_, chunk.values + p * columns_);
+                if (!from_memory_ || at + block + p >= run.count) continue;
+                for (index_t c = 0; c < dim_; c += cache_line<T>) prefetch(k_.row(run[at + block + p]) + c);
+                for (index_t c = 0; c < columns_; c += cache_line<T>) prefetch(v_.row(run[at + block + p]) + c);
+            }
+            const SomeLines<T> next{&next_keys, SomeLines<T>::of(block, dim_, layout_.sets * (block / M) * std::max(dim_ / Run / 4, 1))};
+            for (index_t set = 0; set < layout_.sets; ++set) {
+                const T* const queries = queries_ + set * dim_ * width;
+                score_heads<Run, T, A>(queries, dim_, {k_.row(key_at(0)), k_.stride}, whole, chunk.weights + set * width, layout_.slots, next);
+                score_heads<Run, T, A>(queries, dim_, {chunk.keys, dim_}, padded(count, M) - whole, chunk.weights + whole * layout_.slots + set * width, layout_.slots, next);
+            }
+        });
+    }
+    void add_bias(const KeyRun& run, index_t at, index_t count, T* weights) const {
+        if constexpr (!std::is_same_v<Bias, NoBias>)
+            for (index_t p = 0; p < count; ++p)
+                for (index_t m = 0; m < rows_; ++m) {
+                    const Head<T, Bias>& head = heads_[static_cast<std::size_t>(m)];
+                    weights[p * layout_.slots + m] += static_cast<T>(double((*head.bias)(head.batch, head.head, 0, run[at + p])) * log2_e);
+                }
+    }
+    /// Scores of some keys to weights relative to each head's reference, which follows the highest score.
+    void soften(index_t count, const Chunk& chunk) const {
+        T* const end = chunk.weights + (count + layout_.run - 1) / layout_.run * layout_.period;
+        std::fill(chunk.weights + count * layout_.slots, end, masked_score<T>);
+        for (index_t c = 0; c < layout_.period; c += width) {
+            V own(no_reference<T>);
+            for (const T* at = chunk.weights + c; at < end; at += layout_.period) own = xsimd::max(V::load_aligned(at), own);
+            own.store_aligned(chunk.highest + c);
+        }
+        for (index_t m = 0; m < rows_; ++m) {
+            T &reference = chunk.state[m * state_size_ + columns_], &sum = chunk.state[m * state_size_ + columns_ + 1], own = reference;
+            for (index_t l = m; l < layout_.period; l += layout_.slots) own = std::max(own, chunk.highest[l]);
+            if (own > reference) {
+                const T factor = std::exp2(reference - own);  // 0 for the first block
+                scale_row<T, A>(chunk.sums + m * columns_, factor, columns_, chunk.sums + m * columns_);
+                sum *= factor;
+                reference = own;
+            }
+            for (index_t l = m; l < layout_.period; l += layout_.slots) chunk.highest[l] = reference;
+        }
+        for (index_t c = 0; c < layout_.period; c += width) {
+            const V reference = V::load_aligned(chunk.highest + c);
+            V sum(T(0));
+            for (T* at = chunk.weights + c; at < end; at += layout_.period) {
+                const V weight = pow2(V::load_aligned(at) - reference);
+                weight.store_aligned(at);
+                sum = sum + weight;
+            }
+            sum.store_aligned(chunk.total + c);
+        }
+        for (index_t m = 0; m < rows_; ++m)
+            for (index_t l = m; l < layout_.period; l += layout_.slots) chunk.state[m * state_size_ + columns_ + 1] += chunk.total[l];
+    }
+
+    std::span<const Head<T, Bias>> heads_;
+    const Head<T, Bias>& first_;
+    index_t rows_, dim_, columns_;
+    index_t state_size_ = padded(columns_ + 2, width);  // sums, reference, sum of weights
+    HeadLanes<T, A> layout_{rows_};
+    Rows<T> k_, v_;
+    bool from_memory_;
+    T *queries_, *states_;
+    std::span<KeyRun> chunks_;
+    std::span<T*> scratch_;
+};
+
+/// O(keys) work, memory O(heads * chunks * d).
+template <class A, class T, class Bias>
+void decode(std::span<const Head<T, Bias>> heads, std::span<const HeadResult<T>> results, Workers& workers) {
+    Decoding<A, T, Bias> decoding(heads, workers);
+    parallel_for(decoding.runs(), [&](offset_t r, int worker) { decoding.attend(r, worker); });
+    for (std::size_t m = 0; m < heads.size(); ++m) decoding.finish(static_cast<index_t>(m), results[m]);
 }
 
 /// The work that decode() does: one query, A V, nothing dropped.
