@@ -254,6 +254,69 @@ TEST_CASE("scratch of a forward pass: one head's weights a thread and O(n d)") {
 #endif
 }
 
+TEST_CASE("a batch of caches of different lengths gives what each item gives alone") {
+    POLYATTN_RANDOM(random);
+    const index_t queries = 5;
+    const std::vector<index_t> key_lengths{40, 17, 9, 23}, query_lengths{5, 3, 1, 4};
+    const std::array<std::size_t, 4> q_shape{4, 2, 5, 6}, k_shape{4, 1, 40, 6};
+    const auto draw = [&](auto shape) {
+        xt::xtensor<double, 4> tensor = xt::zeros<double>(shape);
+        for (double& value : tensor) value = random.normal();
+        return tensor;
+    };
+    const auto q = draw(q_shape), k = draw(k_shape), v = draw(k_shape), d_out = draw(q_shape);
+    const auto check = [&](const auto& attention, index_t asked, const std::vector<index_t>& lengths) {
+        auto first = xt::range(0, asked);
+        const CallOptions options{.key_lengths = key_lengths, .query_lengths = lengths};
+        const xt::xtensor<double, 4> some_q = xt::view(q, xt::all(), xt::all(), first, xt::all()), some_d = xt::view(d_out, xt::all(), xt::all(), first, xt::all());
+        const auto [out, saved] = attention.forward(some_q, k, v, options);
+        CHECK(same(attention(some_q, k, v, options), out));
+        const auto gradient = attention.backward(saved, some_d);
+        std::vector<double> d_bias(gradient.bias.size());
+        for (std::size_t b = 0; b < 4; ++b) {
+            auto rows = xt::range(0, lengths[b]), columns = xt::range(0, key_lengths[b]);
+            const xt::xtensor<double, 3> own_q = xt::view(q, b, xt::all(), rows, xt::all()), own_k = xt::view(k, b, xt::all(), columns, xt::all()), own_v = xt::view(v, b, xt::all(), columns, xt::all()),
+                                         own_d = xt::view(d_out, b, xt::all(), rows, xt::all());
+            const auto [alone, alone_saved] = attention.forward(own_q, own_k, own_v);
+            const auto alone_gradient = attention.backward(alone_saved, own_d);
+            const auto close = [](const auto& batch, const auto& item) { return xt::amax(xt::abs(batch - item))() < 1e-12; };
+            CHECK(close(xt::view(out, b, xt::all(), rows, xt::all()), alone));
+            CHECK(close(xt::view(gradient.q, b, xt::all(), rows, xt::all()), alone_gradient.q));
+            CHECK(close(xt::view(gradient.k, b, xt::all(), columns, xt::all()), alone_gradient.k));
+            CHECK(close(xt::view(gradient.v, b, xt::all(), columns, xt::all()), alone_gradient.v));
+            for (std::size_t i = 0; i < d_bias.size(); ++i) d_bias[i] += alone_gradient.bias[i];
+        }
+        for (std::size_t i = 0; i < d_bias.size(); ++i) CHECK(gradient.bias[i] == doctest::Approx(d_bias[i]).epsilon(1e-10));
+    };
+    RelativePosition table{.heads = 2, .reach = 7, .table = std::vector<double>(30)};
+    for (double& entry : table.table) entry = random.normal();
+    const std::vector<index_t> ones(4, 1);
+    const std::pair<index_t, std::vector<index_t>> calls[] = {{queries, query_lengths}, {index_t{1}, ones}};
+    for (const auto& [asked, lengths] : calls) {
+        check(Attention<Causal>{}, asked, lengths);
+        check(Attention{CausalSlidingWindow{.window = 6}}, asked, lengths);
+        check(Attention{SlidingWindow{.window = 8}, Alibi(2)}, asked, lengths);
+        check(Attention{table}, asked, lengths);
+        check(Attention{LocalGlobalRandom{.window = 6, .globals = 2, .randoms = 3}, table, Reference{}}, asked, lengths);
+    }
+    CHECK_THROWS_AS((Attention<Kernel<ReLU>, Causal>{}(q, k, v, {.key_lengths = key_lengths})), invalid_input);
+}
+
+TEST_CASE("accumulate is of into() and forward_into() alone; a call that throws leaves a saved pass as it was") {
+    POLYATTN_RANDOM(random);
+    const auto x = random_tensor<3>(random, {2, 30, 8}), larger = random_tensor<3>(random, {2, 60, 8});
+    const Attention attention{SlidingWindow{.window = 8}};
+    const auto plain = attention(x, x, x);
+    CHECK(same(attention(x, x, x, {.accumulate = true}), plain));
+    auto [out, saved] = attention.forward(x, x, x, {.accumulate = true});
+    CHECK(same(out, plain));
+    const auto gradient = attention.backward(saved, x);
+    auto larger_out = larger;
+    CHECK_THROWS_AS(attention.forward_into(larger_out, saved, larger, larger, larger, {.key_lengths = {1, 2, 3}}), invalid_input);
+    CHECK_THROWS_AS(attention.forward_into(out, saved, larger, larger, larger), invalid_input);
+    CHECK(same(attention.backward(saved, x).q, gradient.q));
+}
+
 TEST_CASE("gradients into tensors that are there") {
     POLYATTN_RANDOM(random);
     const auto x = random_tensor<4>(random, {1, 2, 90, 24});

@@ -117,7 +117,7 @@ class AttentionLayer<Pattern, Sampler, Diffusion, Score, Bias, Backend> : public
     friend class CompressedLayer;
     using Base = detail::LayerPolicies<Pattern, Sampler, Diffusion, Score, Bias>;
     using typename Base::Plans;
-    using Base::bias_, Base::bind, Base::check, Base::check_shapes, Base::feature_count, Base::kernel, Base::pattern_, Base::recursion_, Base::score_, Base::valid_of;
+    using Base::bias_, Base::bind, Base::bind_items, Base::check, Base::check_shapes, Base::feature_count, Base::kernel, Base::pattern_, Base::recursion_, Base::score_, Base::valid_of;
 
 public:
     template <class T>
@@ -179,7 +179,7 @@ public:
         check_shapes(aq.view(), ak.view(), av.view());
         auto out = detail::make_result<Q, T>(detail::shape_like(aq.view(), {aq.view().tokens(), av.view().dim()}));
         Saved<T> saved;
-        forward_into(detail::memory_of(out), saved, q, k, v, options);
+        train<Q, K, V>(detail::memory_of(out), saved, aq.view(), ak.view(), av.view(), options, false);
         return Forward<decltype(out), T>{std::move(out), std::move(saved)};
     }
 
@@ -188,17 +188,7 @@ public:
     void forward_into(Out&& out, Saved<T>& saved, const Q& q, const K& k, const V& v, const CallOptions& options = {}) const {
         static_assert(std::is_same_v<common_element<Q, K, V>, T> && std::is_same_v<detail::element_t<Out>, T>, "polyattn: out and saved must have the inputs' value type");
         const detail::Adapted<T> aq(q, "q"), ak(k, "k"), av(v, "v");
-        saved.inputs_.template keep<Q, K, V>(aq.view(), ak.view(), av.view());
-        saved.options_ = planned(aq.view(), ak.view(), av.view(), options);
-        saved.options_.workspace = nullptr;
-        const auto lines = static_cast<std::size_t>(aq.view().batch()) * static_cast<std::size_t>(aq.view().heads()) * static_cast<std::size_t>(aq.view().tokens());
-        saved.hop_count_ = recursion_.hops.size();
-        saved.logsumexp_.resize(lines);
-        saved.hops_.resize(lines * recursion_.hops.size() * static_cast<std::size_t>(av.view().dim()));
-        saved.states_.resize(static_cast<std::size_t>(offset_t{aq.view().batch()} * aq.view().heads() * state_size<T>(aq.view().dim(), av.view().dim())));
-        CallOptions with_plans = saved.options_;
-        with_plans.workspace = options.workspace;
-        run<T>(aq.view(), ak.view(), av.view(), detail::memory_view(out, "out"), with_plans, saved.logsumexp_.data(), saved.hops_.data(), options.accumulate, saved.states_.data());
+        train<Q, K, V>(detail::memory_view(out, "out"), saved, aq.view(), ak.view(), av.view(), options, options.accumulate);
     }
 
     /// Gradients of q, k, v and a learned bias from d_out = dL/dout, in tensors like d_out. `saved` must come from forward() of
@@ -230,10 +220,10 @@ public:
         detail::require_shape(vq, q.extents, q.rank, "gradients.q");
         detail::require_shape(vk, k.extents, k.rank, "gradients.k");
         detail::require_shape(vv, v.extents, v.rank, "gradients.v");
-        const auto& bound = bind(q, k);
+        const auto bound = bind_items(q, k, saved.options_);
         std::vector<double>& d_bias = gradients.bias;
         d_bias.clear();
-        if constexpr (LearnedBias<std::remove_cvref_t<decltype(bound)>>) d_bias.resize(bound.gradient_size(), 0.);
+        if constexpr (LearnedBias<std::remove_cvref_t<decltype(bound.first)>>) d_bias.resize(bound.first.gradient_size(), 0.);
 
         Workspace own;
         Workspace& workspace = options.workspace ? *options.workspace : own;
@@ -252,7 +242,7 @@ public:
             for (offset_t query_item = first_of(run); query_item < first_of(run + 1); ++query_item) {
                 const auto [b, h, kh] = head_at(query_item, k.heads(), group);
                 const offset_t line = offset_t{b} * q.heads() + h;
-                auto head = make_head<T>(q, k, v, saved.plan(b, h), bound, saved.options_, b, h, kh);
+                auto head = make_head<T>(q, k, v, saved.plan(b, h), bound.of(b), saved.options_, b, h, kh);
                 std::array<MatrixView<const T>, 8> next;
                 if constexpr (!kernel)
                     if (const offset_t after = query_item + 1 < first_of(run + 1) ? query_item + 1 : first_of(run + in_turn); after < items * group) {
@@ -390,29 +380,44 @@ private:
             }
     }
 
+    template <class Q, class K, class V, class T>
+    void train(const TensorView<T>& out, Saved<T>& saved, const TensorView<const T>& q, const TensorView<const T>& k, const TensorView<const T>& v, const CallOptions& options, bool accumulate) const {
+        CallOptions with_plans = planned(q, k, v, options);  // throws before anything is changed
+        detail::require_shape(out, {q.extents[0], q.extents[1], q.extents[2], v.extents[3]}, q.rank, "out");
+        saved.inputs_.template keep<Q, K, V>(q, k, v);
+        const auto lines = static_cast<std::size_t>(q.batch()) * static_cast<std::size_t>(q.heads()) * static_cast<std::size_t>(q.tokens());
+        saved.hop_count_ = recursion_.hops.size();
+        saved.logsumexp_.resize(lines);
+        saved.hops_.resize(lines * recursion_.hops.size() * static_cast<std::size_t>(v.dim()));
+        saved.states_.resize(static_cast<std::size_t>(offset_t{q.batch()} * q.heads() * state_size<T>(q.dim(), v.dim())));
+        run<T>(q, k, v, out, with_plans, saved.logsumexp_.data(), saved.hops_.data(), accumulate, saved.states_.data());
+        with_plans.workspace = nullptr;
+        saved.options_ = std::move(with_plans);
+    }
+
     template <class T>
     void run(const TensorView<const T>& q, const TensorView<const T>& k, const TensorView<const T>& v, const TensorView<T>& out, const CallOptions& options, T* logsumexp,
              T* hops, bool accumulate, T* states = nullptr) const {
         const Plans plans = this->template check<T>(q, k, v, options);
         detail::require_shape(out, {q.extents[0], q.extents[1], q.extents[2], v.extents[3]}, q.rank, "out");
-        const auto& bound = bind(q, k);
+        const auto bound = bind_items(q, k, options);
         Workspace own;
         Workspace& workspace = options.workspace ? *options.workspace : own;
         const index_t group = k.heads() == 0 ? 0 : q.heads() / k.heads();
         const offset_t states_of_head = states ? state_size<T>(q.dim(), v.dim()) : 0;
         const auto lines = static_cast<offset_t>(recursion_.hops.size()) * q.tokens() * v.dim();
         if constexpr (!std::is_same_v<Backend, Reference> && !kernel && detail::may_have_one_hop<Diffusion>())
-            if (q.tokens() == 1 && group > 0 && plans.shared && detail::simd::is_decoding(make_head<T>(q, k, v, *plans.shared, bound, options, 0, 0, 0))) {
+            if (q.tokens() == 1 && group > 0 && plans.same_for_heads(q.batch()) && detail::simd::is_decoding(make_head<T>(q, k, v, plans.of(q, 0, 0), bound.of(0), options, 0, 0, 0))) {
                 // Heads that share keys read them once.
                 for_each_item(offset_t{k.batch()} * k.heads(), workspace, options.workspace != nullptr, [&](offset_t item, detail::Workers& workers) {
-                    using Head = decltype(make_head<T>(q, k, v, *plans.shared, bound, options, 0, 0, 0));
+                    using Head = decltype(make_head<T>(q, k, v, plans.of(q, 0, 0), bound.of(0), options, 0, 0, 0));
                     const auto heads = workers[0].template take<Head>(group);
                     const auto results = workers[0].template take<detail::HeadResult<T>>(group);
                     const auto b = static_cast<index_t>(item / k.heads()), kh = static_cast<index_t>(item % k.heads());
                     for (index_t m = 0; m < group; ++m) {
                         const index_t h = kh * group + m;
                         const offset_t line = offset_t{b} * q.heads() + h;
-                        heads[static_cast<std::size_t>(m)] = make_head<T>(q, k, v, plans.of(q, b, h), bound, options, b, h, kh);
+                        heads[static_cast<std::size_t>(m)] = make_head<T>(q, k, v, plans.of(q, b, h), bound.of(b), options, b, h, kh);
                         results[static_cast<std::size_t>(m)] = {out.head(b, h), accumulate, logsumexp ? logsumexp + line : nullptr, hops ? hops + line * lines : nullptr, nullptr};
                     }
                     detail::simd::decode<Arch>(std::span<const Head>(heads), std::span<const detail::HeadResult<T>>(results), workers);
@@ -422,7 +427,7 @@ private:
         const offset_t items = offset_t{q.batch()} * q.heads(), in_turn = worker_count();
         for_each_item(items, workspace, options.workspace != nullptr, [&](offset_t item, detail::Workers& workers) {
             const auto [b, h, kh] = head_at(item, k.heads(), group);
-            auto head = make_head<T>(q, k, v, plans.of(q, b, h), bound, options, b, h, kh);
+            auto head = make_head<T>(q, k, v, plans.of(q, b, h), bound.of(b), options, b, h, kh);
             std::array<MatrixView<const T>, 4> next;
             if constexpr (!kernel)
                 if (item + in_turn < items) {

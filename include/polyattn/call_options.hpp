@@ -13,7 +13,8 @@ POLYATTN_BEGIN_NAMESPACE
 
 /// What one call may set; nothing of it changes the layer.
 struct CallOptions {
-    /// Valid keys of each batch item; the keys behind are padding and have weight 0. Empty: all.
+    /// Valid keys of each batch item; the keys behind are padding and have weight 0. Empty: all. Where there are other numbers of queries
+    /// than keys, as in decoding with a cache, patterns and biases see each item's last valid query at its last valid key.
     std::vector<index_t> key_lengths = {};
     /// Valid queries of each batch item; the outputs behind are 0. Empty: as key_lengths if there are as many queries as keys
     /// (self-attention), else all.

@@ -75,7 +75,7 @@ public:
         const detail::Adapted<T> aq(q, "q"), ak(k, "k"), av(v, "v");
         auto out = result<Q, T>(aq.view(), ak.view(), av.view());
         CompressedSaved<T> saved;
-        forward_into(detail::memory_of(out), saved, q, k, v, options);
+        train<Q, K, V>(detail::memory_of(out), saved, aq.view(), ak.view(), av.view(), options, false);
         return Forward<decltype(out), T, CompressedSaved<T>>{std::move(out), std::move(saved)};
     }
     /// The same, written to `out` and `saved`.
@@ -83,8 +83,7 @@ public:
     void forward_into(Out&& out, CompressedSaved<T>& saved, const Q& q, const K& k, const V& v, const CallOptions& options = {}) const {
         static_assert(std::is_same_v<common_element<Q, K, V>, T> && std::is_same_v<detail::element_t<Out>, T>, "polyattn: out and saved must have the inputs' value type");
         const detail::Adapted<T> aq(q, "q"), ak(k, "k"), av(v, "v");
-        saved.inputs_.template keep<Q, K, V>(aq.view(), ak.view(), av.view());
-        run(detail::memory_view(out, "out"), saved, saved.inputs_.q(), saved.inputs_.k(), saved.inputs_.v(), options, options.accumulate);
+        train<Q, K, V>(detail::memory_view(out, "out"), saved, aq.view(), ak.view(), av.view(), options, options.accumulate);
     }
 
     /// Gradients of q, k, v and of learned weights (gradients.compression). Repeatable.
@@ -288,11 +287,22 @@ private:
         for (std::size_t at = 0; at < parts.size(); ++at) d_table[at % d_table.size()] += parts[at];
     }
 
+    template <class Q, class K, class V, class T>
+    void train(const TensorView<T>& out, CompressedSaved<T>& saved, const TensorView<const T>& q, const TensorView<const T>& k, const TensorView<const T>& v, const CallOptions& options,
+               bool accumulate) const {
+        check_call(out, q, k, v, options);  // throws before anything is changed
+        saved.inputs_.template keep<Q, K, V>(q, k, v);
+        run(out, saved, saved.inputs_.q(), saved.inputs_.k(), saved.inputs_.v(), options, accumulate);
+    }
+    template <class T>
+    void check_call(const TensorView<T>& out, const TensorView<const T>& q, const TensorView<const T>& k, const TensorView<const T>& v, const CallOptions& options) const {
+        check(q, k, v, options);
+        detail::require_shape(out, {q.extents[0], q.extents[1], q.extents[2], v.extents[3]}, q.rank, "out");
+    }
     template <class T>
     void run(const TensorView<T>& out, CompressedSaved<T>& saved, const TensorView<const T>& q, const TensorView<const T>& k, const TensorView<const T>& v, const CallOptions& options,
              bool accumulate) const {
-        check(q, k, v, options);
-        detail::require_shape(out, {q.extents[0], q.extents[1], q.extents[2], v.extents[3]}, q.rank, "out");
+        check_call(out, q, k, v, options);
         const index_t batch = q.batch(), heads = q.heads(), n = q.tokens(), e = v.dim(), used = used_heads(heads, k.heads());
         const std::size_t hops = recursion_.hops.size();
         saved.options_ = options;

@@ -40,31 +40,13 @@ public:
         const Adapted<T> aq(q, "q"), av(v, "v");
         auto out = make_result<Q, T>(shape_like(aq.view(), {aq.view().tokens(), av.view().dim()}));
         SavedOf<T> saved;
-        forward_into(memory_of(out), saved, q, k, v, options);
+        train<Q, K, V>(memory_of(out), saved, aq.view(), Adapted<T>(k, "k").view(), av.view(), options, false);
         return Forward<decltype(out), T, SavedOf<T>>{std::move(out), std::move(saved)};
     }
     template <class Out, class T, class Q, class K, class V>
     void forward_into(Out&& out, SavedOf<T>& saved, const Q& q, const K& k, const V& v, const CallOptions& options = {}) const {
         const Adapted<T> aq(q, "q"), ak(k, "k"), av(v, "v");
-        saved.inputs_.template keep<Q, K, V>(aq.view(), ak.view(), av.view());
-        saved.lengths_ = options.key_lengths;
-        const TensorView<const T> vq = saved.inputs_.q(), vk = saved.inputs_.k(), vv = saved.inputs_.v();
-        const TensorView<T> to = memory_view(out, "out");
-        layer().check(vq, vk, vv, options);
-        require_shape(to, {vq.extents[0], vq.extents[1], vq.extents[2], vv.extents[3]}, vq.rank, "out");
-        const index_t heads = vq.heads(), group = heads / vk.heads(), n = vq.tokens();
-        saved.heads_.resize(static_cast<std::size_t>(offset_t{vq.batch()} * heads));
-        std::vector<Workspace> workspaces(static_cast<std::size_t>(worker_count()));
-        parallel_for(offset_t{vq.batch()} * heads, [&](offset_t item, int worker) {
-            const auto b = static_cast<index_t>(item / heads), h = static_cast<index_t>(item % heads);
-            const index_t valid = valid_tokens(saved.lengths_, b, n);
-            const auto rows = [&](auto matrix) { return row_range(matrix, 0, valid); };
-            const MatrixView<T> own = to.head(b, h);
-            if (!options.accumulate) fill_with_zeros(own);
-            if (valid > 0)
-                layer().forward_head(h, rows(vq.head(b, h)), rows(vk.head(b, h / group)), rows(vv.head(b, h / group)), rows(own), saved.heads_[static_cast<std::size_t>(item)],
-                                     workspaces[static_cast<std::size_t>(worker)]);
-        });
+        train<Q, K, V>(memory_view(out, "out"), saved, aq.view(), ak.view(), av.view(), options, options.accumulate);
     }
     template <class T, class D>
     auto backward(const SavedOf<T>& saved, const D& d_out, const CallOptions& options = {}) const {
@@ -111,6 +93,27 @@ public:
 private:
     const Layer& layer() const { return static_cast<const Layer&>(*this); }
     static index_t valid_tokens(const std::vector<index_t>& lengths, index_t b, index_t tokens) { return lengths.empty() ? tokens : lengths[static_cast<std::size_t>(b)]; }
+    template <class Q, class K, class V, class T>
+    void train(const TensorView<T>& to, SavedOf<T>& saved, const TensorView<const T>& q, const TensorView<const T>& k, const TensorView<const T>& v, const CallOptions& options, bool accumulate) const {
+        layer().check(q, k, v, options);  // throws before anything is changed
+        require_shape(to, {q.extents[0], q.extents[1], q.extents[2], v.extents[3]}, q.rank, "out");
+        saved.inputs_.template keep<Q, K, V>(q, k, v);
+        saved.lengths_ = options.key_lengths;
+        const TensorView<const T> vq = saved.inputs_.q(), vk = saved.inputs_.k(), vv = saved.inputs_.v();
+        const index_t heads = vq.heads(), group = heads / vk.heads(), n = vq.tokens();
+        saved.heads_.resize(static_cast<std::size_t>(offset_t{vq.batch()} * heads));
+        std::vector<Workspace> workspaces(static_cast<std::size_t>(worker_count()));
+        parallel_for(offset_t{vq.batch()} * heads, [&](offset_t item, int worker) {
+            const auto b = static_cast<index_t>(item / heads), h = static_cast<index_t>(item % heads);
+            const index_t valid = valid_tokens(saved.lengths_, b, n);
+            const auto rows = [&](auto matrix) { return row_range(matrix, 0, valid); };
+            const MatrixView<T> own = to.head(b, h);
+            if (!accumulate) fill_with_zeros(own);
+            if (valid > 0)
+                layer().forward_head(h, rows(vq.head(b, h)), rows(vk.head(b, h / group)), rows(vv.head(b, h / group)), rows(own), saved.heads_[static_cast<std::size_t>(item)],
+                                     workspaces[static_cast<std::size_t>(worker)]);
+        });
+    }
 };
 
 template <class T>

@@ -35,14 +35,7 @@ public:
     /// Throws invalid_input if the pattern does not exist for these numbers.
     Plan plan(index_t queries, index_t keys, const Draw& draw = {}) const {
         static_assert(!data_dependent, "polyattn: this pattern depends on q and k; the plans of a call are in forward().saved.plan(batch, head)");
-        const typename PlanCache::Key key{queries, keys, samples ? draw : Draw{}};
-        const std::lock_guard lock(cache_->mutex);
-        for (const auto& [known, plan] : cache_->plans)
-            if (known == key) return plan;
-        Plan made = make_plan(queries, keys, draw);
-        if (cache_->plans.size() == PlanCache::capacity) cache_->plans.erase(cache_->plans.begin());
-        cache_->plans.emplace_back(key, made);
-        return made;
+        return cached_plan({queries, keys}, {queries, keys}, draw);
     }
 
     /// The plans of a call with a batch: one for all items, or one for each where the sampler draws per item or the options name them.
@@ -58,11 +51,16 @@ protected:
     static constexpr bool samples = !std::is_same_v<Sampler, AllSources>;
     static constexpr bool kernel = is_kernel<Score>;
     static constexpr bool data_dependent = DataDependentPattern<Pattern>;
+    static constexpr bool positioned_bias = requires(const Bias& bias, index_t i) { bias.bind(i, i); };
 
+    struct Valid {
+        index_t queries, keys;
+        friend bool operator==(const Valid&, const Valid&) = default;
+    };
     struct PlanCache {
         static constexpr std::size_t capacity = 8;
         struct Key {
-            index_t queries, keys;
+            Valid valid, all;
             Draw draw;
             friend bool operator==(const Key&, const Key&) = default;
         };
@@ -91,6 +89,18 @@ protected:
         if constexpr (requires { bias_.check_heads(q.heads()); }) bias_.check_heads(q.heads());
     }
 
+    /// The pattern of the first `valid` of `all` queries and keys.
+    Plan cached_plan(Valid valid, Valid all, const Draw& draw) const {
+        const typename PlanCache::Key key{valid, all, samples ? draw : Draw{}};
+        const std::lock_guard lock(cache_->mutex);
+        for (const auto& [known, plan] : cache_->plans)
+            if (known == key) return plan;
+        Plan made = make_plan(valid.queries, valid.keys, draw);
+        if (valid != all) made = extended(made, all.queries, all.keys);
+        if (cache_->plans.size() == PlanCache::capacity) cache_->plans.erase(cache_->plans.begin());
+        cache_->plans.emplace_back(key, made);
+        return made;
+    }
     Plan make_plan(index_t queries, index_t keys, const Draw& draw) const {
         if constexpr (!samples) return pattern_.plan(queries, keys);
         else return thinned(sampler_.sample(queries, keys, draw, is_causal<Pattern>()));
@@ -107,6 +117,7 @@ protected:
         std::vector<Plan> drawn;
         template <class T>
         const Plan& of(const TensorView<T>& q, index_t b, index_t h) const { return items.empty() ? *shared : plan_of(items, q, b, h); }
+        bool same_for_heads(index_t batch) const { return items.empty() || items.size() == static_cast<std::size_t>(batch); }
     };
     Plans plans_for(const CallOptions& options, index_t batch, index_t heads, index_t queries, index_t keys) const {
         const auto check = [&](const Plan& plan, const char* argument) {
@@ -130,8 +141,18 @@ protected:
                     plans.drawn.push_back(thinned(sampler_.sample_item(queries, keys, b, options.key_lengths.empty() ? keys : options.key_lengths[static_cast<std::size_t>(b)],
                                                                        options.draw, is_causal<Pattern>())));
             plans.items = plans.drawn;
-        } else if constexpr (!data_dependent) plans.shared = plan(queries, keys, options.draw);
+        } else if constexpr (!data_dependent) {
+            if ((samples || !std::is_same_v<Pattern, Dense>) && positions_differ(options, queries, keys)) {
+                for (index_t b = 0; b < batch; ++b) plans.drawn.push_back(cached_plan(valid_of(options, b, queries, keys), {queries, keys}, options.draw));
+                plans.items = plans.drawn;
+            } else plans.shared = plan(queries, keys, options.draw);
+        }
         return plans;
+    }
+    /// With other numbers of queries than keys the last valid query of an item stands at its last valid key, wherever the padding begins.
+    static bool positions_differ(const CallOptions& options, index_t queries, index_t keys) {
+        const auto ragged = [](const std::vector<index_t>& lengths, index_t all) { return std::any_of(lengths.begin(), lengths.end(), [&](index_t length) { return length != all; }); };
+        return queries != keys && (ragged(options.key_lengths, keys) || ragged(options.query_lengths, queries));
     }
     bool draws_per_item() const {
         if constexpr (PerItemSampler<Sampler>) return sampler_.draws_per_item();
@@ -163,6 +184,7 @@ protected:
             if (options.plan && options.plan->queries() == q.tokens() && options.plan->keys() == k.tokens())
                 require(options.plan->count() == plan(q.tokens(), k.tokens()).count(), "plan", "none with kernel scores, or the pattern's own", "one of other pairs");
             require(options.item_plans.empty(), "item_plans", "none with kernel scores", options.item_plans.size());
+            require(!is_causal<Pattern>() || !positions_differ(options, q.tokens(), k.tokens()), "key_lengths", "all queries and keys where causal kernel scores have other numbers of queries than keys", "less");
         }
         Plans plans = plans_for(options, q.batch(), q.heads(), q.tokens(), k.tokens());
         if constexpr (data_dependent)
@@ -173,9 +195,6 @@ protected:
         return plans;
     }
 
-    struct Valid {
-        index_t queries, keys;
-    };
     static Valid valid_of(const CallOptions& options, index_t b, index_t queries, index_t keys) {
         const auto item = static_cast<std::size_t>(b);
         const index_t valid = options.key_lengths.empty() ? keys : options.key_lengths[item];
@@ -192,6 +211,24 @@ protected:
             return bound;
         }
         else return bind_bias(bias_, q.tokens(), k.tokens());
+    }
+    /// That of each batch item: `first` of all, but where the positions of items differ.
+    template <class Bound>
+    struct BoundOfItems {
+        Bound first;
+        std::vector<std::remove_cvref_t<Bound>> items;
+        const auto& of(index_t b) const { return items.empty() ? first : items[static_cast<std::size_t>(b)]; }
+    };
+    template <class T>
+    auto bind_items(const TensorView<const T>& q, const TensorView<const T>& k, const CallOptions& options) const {
+        BoundOfItems<decltype(bind(q, k))> bound{bind(q, k), {}};
+        if constexpr (positioned_bias)
+            if (positions_differ(options, q.tokens(), k.tokens()))
+                for (index_t b = 0; b < q.batch(); ++b) {
+                    const Valid valid = valid_of(options, b, q.tokens(), k.tokens());
+                    bound.items.push_back(bias_.bind(valid.queries, valid.keys));
+                }
+        return bound;
     }
     /// What the states of start() take.
     static void check_recurrent(index_t batch, index_t heads, index_t key_heads, index_t dim, index_t value_dim) {

@@ -245,4 +245,13 @@ inline Plan prefix(const Plan& plan, index_t queries, index_t keys) {
     return Plan(queries, keys, std::move(tiles), detail::edges_from_pairs(pairs, queries));
 }
 
+/// The same pairs among more queries and keys, behind the plan's own. Throws invalid_input if there are less.
+inline Plan extended(const Plan& plan, index_t queries, index_t keys) {
+    detail::require(queries >= plan.queries() && keys >= plan.keys(), "extended", [&] { return detail::text("at least ", plan.queries(), " queries x ", plan.keys(), " keys"); },
+                    detail::text(queries, " x ", keys));
+    Edges edges = plan.edges();
+    if (!edges.offsets.empty()) edges.offsets.resize(static_cast<std::size_t>(queries) + 1, edges.offsets.back());
+    return Plan(queries, keys, {plan.tiles().begin(), plan.tiles().end()}, std::move(edges));
+}
+
 POLYATTN_END_NAMESPACE

@@ -242,6 +242,8 @@ private:
 
     template <class T>
     Plans check(const TensorView<const T>& q, const TensorView<const T>& k, const TensorView<const T>& v, const CudaOptions& options) const {
+        if constexpr (Base::positioned_bias)
+            detail::require(!Base::positions_differ(options, q.tokens(), k.tokens()), "key_lengths", "all queries and keys where a bias by position has other numbers of queries than keys", "less");
         if constexpr (!groups_tokens) return Base::check(q, k, v, options);
         else
             return Base::check(q, k, v, options, [&] {
