@@ -246,6 +246,20 @@ TEST_CASE("properties") {
         for (index_t i = 0; i < n; ++i) sum += v.values[static_cast<std::size_t>(i * e + c)];
         for (index_t i = 0; i < n; ++i) CHECK(std::abs(mean.values[static_cast<std::size_t>(i * e + c)] - sum / n) < 1e-5 * 6.5);  // the epsilon's share: 1e-6 / a denominator >= .1
     }
+    // Without an epsilon, to rounding. Means of four are means of two means of two.
+    const auto exactly = Attention<SegmentMeans<24>, Kernel<EluPlusOne, ExactOrZero>>{}(q.view(), k.view(), v.view());
+    for (index_t c = 0; c < e; ++c) {
+        double sum = 0, sizes = 0;
+        for (index_t i = 0; i < n; ++i) {
+            sum += v.values[static_cast<std::size_t>(i * e + c)];
+            sizes += std::abs(v.values[static_cast<std::size_t>(i * e + c)]);
+        }
+        for (index_t i = 0; i < n; ++i) CHECK(std::abs(exactly.values[static_cast<std::size_t>(i * e + c)] - sum / n) < (2 * n + 4 * d + 8) * 0x1p-53 * sizes / n);
+    }
+    const auto twos = matrix_of(SegmentMeans<2>{}, k, Compressed::values), fours = matrix_of(SegmentMeans<4>{}, k, Compressed::values);
+    for (index_t j = 0; j < n / 4; ++j)
+        for (index_t i = 0; i < n; ++i)
+            CHECK(fours.values[static_cast<std::size_t>(j * n + i)] == .5 * (twos.values[static_cast<std::size_t>(2 * j * n + i)] + twos.values[static_cast<std::size_t>((2 * j + 1) * n + i)]));
     // Permuting tokens within a segment, and whole segments, changes nothing but roundings.
     const auto out = by_four(q.view(), k.view(), v.view());
     auto k2 = k, v2 = v;
@@ -262,6 +276,17 @@ TEST_CASE("properties") {
         std::copy_n(&v.values[static_cast<std::size_t>(i / 4 * 4 * e)], e, &v.values[static_cast<std::size_t>(i * e)]);
     }
     check_near(by_four(q.view(), k.view(), v.view()), Attention<Kernel<ReLU, ExactOrMean>>{}(q.view(), k.view(), v.view()), 1e-12 * 6.5);
+}
+
+TEST_CASE("a maximum of what is not a number is not a number, wherever it stands in its segment") {
+    POLYATTN_RANDOM(random);
+    for (const index_t at : {4, 5, 7}) {
+        auto k = random.tensor<float>({12, 2});
+        k.values[static_cast<std::size_t>(at * 2)] = std::numeric_limits<float>::quiet_NaN();
+        Tensor<float> y({3, 2});
+        SegmentMax<4>{}.compress(std::as_const(k).view().head(0, 0), Compressed::keys, y.view().head(0, 0));
+        for (std::size_t i = 0; i < 6; ++i) CHECK(detail::is_nan(y.values[i]) == (i == 2));
+    }
 }
 
 TEST_CASE("clusters of keys: deterministic, none empty, and they find what is there") {

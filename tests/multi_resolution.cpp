@@ -260,6 +260,25 @@ TEST_CASE("routing: gathered is masked, equal resolutions make the router idle")
     const auto after = equal.forward().values;
     CHECK(routes != equal.routes());
     for (std::size_t i = 0; i < before.size(); ++i) CHECK(before[i] == doctest::Approx(after[i]).epsilon(1e-12));
+    // But with Switch, which multiplies rows by their router's probability.
+    Net<MultiResolution<SegmentMeans<2, 2>, TopOne<Switch>>> gated({}, dim, 2, 2, n, 7);
+    for (std::size_t i = 0; i < 3; ++i) gated.layer.own[i + 3].value = gated.layer.own[i].value;
+    gated.x = x;
+    const auto sure = gated.forward().values;
+    for (double& weight : gated.layer.router[0].value.values) weight *= 3;
+    CHECK(gated.forward().values != sure);
+}
+
+TEST_CASE("the load-balance loss by hand") {
+    // Three of four tokens prefer the first resolution, by 1, 2, 1 and -1.
+    Net<TwoByHand<Switch>> net({.router = {.balance = .7}}, 2, 1, 1, 4);
+    make_identities(net.layer);
+    net.x.values = {1, 0, 2, 0, 2, 1, 1, 2};
+    net.forward();
+    CHECK(net.routes() == std::vector<index_t>{0, 0, 0, 1});
+    const auto first = [](double lead) { return 1 / (1 + std::exp(-lead)); };
+    const double mean = (first(1) + first(2) + first(1) + first(-1)) / 4;
+    CHECK(net.layer.balance_loss(net.saved) == doctest::Approx(.7 * 2 * (.75 * mean + .25 * (1 - mean))).epsilon(1e-14));
 }
 
 TEST_CASE("padding, an item without tokens, random routes as functions of the draw") {

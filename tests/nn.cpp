@@ -351,8 +351,18 @@ TEST_CASE("the optimizer against its formulas, decay and clipping") {
     CHECK_THROWS_AS((nn::LearningRate{.peak = 0}.validate()), invalid_input);
     CHECK_THROWS_AS((nn::LearningRate{.warmup = 3, .steps = 2}.validate()), invalid_input);
     CHECK_THROWS_AS(nn::clip_gradients(layer, 0), invalid_input);
+    CHECK_THROWS_AS((nn::LearningRate{.peak = 1e-3}.at(3)), invalid_input);  // of how many steps?
     nn::Linear<double> other("other", 2, 7, 1, 1);
+    const auto untouched = other.weight.value.values;
     CHECK_THROWS_AS(optimizer.step(other, .1), invalid_input);
+    CHECK(other.weight.value.values == untouched);
+    optimizer.beta2 = 1;
+    CHECK_THROWS_AS(optimizer.step(layer, .1), invalid_input);
+    // Rows that do not fit.
+    Workspace workspace;
+    Tensor<double> few({2, other.in()}), many({5, other.out()});
+    CHECK_THROWS_AS(other.forward(detail::rows_of(std::as_const(few)), detail::rows_of(many), workspace), invalid_input);
+    CHECK_THROWS_AS(other.backward(detail::rows_of(std::as_const(few)), detail::rows_of(std::as_const(many)), {}, false, workspace), invalid_input);
 }
 
 TEST_CASE("initial values hang on seed and name, not on order") {
@@ -448,7 +458,15 @@ TEST_CASE("which layers sample, and when") {
     const auto items = nn::subsampled(Dense{}, Unbiased{.drop = .5, .per_item = true})({0, 3, 10, lengths, {.seed = 1}});
     REQUIRE(items.size() == 3);
     for (std::size_t b = 0; b < 3; ++b) CHECK(items[b].count() == 10 * ((lengths[b] + 1) / 2));
+    // All but the last two of the lower ten; a mask.
+    const auto called = [](const auto& source, index_t layer) { return !source({layer, 1, 16, {}, {.seed = 1}}).empty(); };
+    const auto lower = nn::subsampled(Causal{}, LocallyBiased<2>{}, nn::LayerRange{0, 8}), some = nn::subsampled(Causal{}, LocallyBiased<2>{}, nn::LayerMask{{true, false, true}});
+    for (index_t layer = 0; layer < 10; ++layer) {
+        CHECK(called(lower, layer) == (layer < 8));
+        CHECK(called(some, layer) == (layer == 0 || layer == 2));
+    }
     const nn::SubsampledTraining recipe{plans};
+    CHECK_THROWS_AS((nn::SubsampledTraining{plans, std::nan("")}.samples_at(0, 1)), invalid_input);
     CHECK((recipe.samples_at(0, 100) && recipe.samples_at(89, 100) && !recipe.samples_at(90, 100)));
     CHECK(!recipe.at(95, 100));
     CHECK_THROWS_AS(nn::LayerRange::last_of(7, 6), invalid_input);
@@ -467,7 +485,9 @@ TEST_CASE("self-ensembles: means, variances, inequalities") {
         all.add(std::span<const double>(p.values));
         (s < 5 ? first : second).add(std::span<const double>(p.values));
     }
-    first.merge(second);
+    // As if another process had collected the second part.
+    first.merge(nn::SelfEnsemble(second.samples(), {second.mean().begin(), second.mean().end()}, {second.squares().begin(), second.squares().end()}));
+    CHECK_THROWS_AS(nn::SelfEnsemble(2, {1.}, {}), invalid_input);
     CHECK(first.samples() == 12);
     const auto variance = all.variance(), merged = first.variance();
     for (std::size_t i = 0; i < 40; ++i) {

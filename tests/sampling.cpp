@@ -236,6 +236,20 @@ TEST_CASE("what every draw obeys: distinct sources, equal counts, causal rows wi
         squares += count * count / draws;
     }
     CHECK(std::abs(sum - 774) < 6 * std::sqrt((squares - sum * sum) / draws));
+    // Shares of the dense causal pairs as the text grows.
+    const auto share = [&]<index_t L>(std::integral_constant<index_t, L>, double wanted) {
+        const index_t n = 1024, repeats = 8;
+        double mean = 0, variance = 0;
+        std::vector<double> shares;
+        for (int s = 0; s < repeats; ++s) shares.push_back(double(LocallyBiased<L>{.sigma = infinite_sigma}.sample(n, n, {.seed = random.seed()}, true).count()) / double(Causal{}.plan(n, n).count()));
+        for (const double value : shares) mean += value / repeats;
+        for (const double value : shares) variance += (value - mean) * (value - mean) / (repeats - 1);
+        // The wanted numbers have three digits, and n is not infinite.
+        CHECK(std::abs(mean - wanted) < 6e-4 + 2. / n + 10 * std::sqrt(variance / repeats));
+    };
+    share(std::integral_constant<index_t, 2>{}, .625);
+    share(std::integral_constant<index_t, 4>{}, .370);
+    share(std::integral_constant<index_t, 8>{}, .208);
     // Fewer queries than keys: the last ones, as everywhere.
     const Plan whole = LocallyBiased<3>{}.sample(20, 20, {.seed = 5}, true), tail = LocallyBiased<3>{}.sample(4, 20, {.seed = 5}, true);
     for (index_t i = 0; i < 4; ++i) CHECK(keys_of(tail, i) == keys_of(whole, 16 + i));

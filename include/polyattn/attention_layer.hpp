@@ -69,6 +69,7 @@ private:
     std::vector<T> logsumexp_;
     AlignedVector<T> hops_;  // Z_1 .. Z_K: [batch * heads][K][queries][value dim]
     AlignedVector<T> states_;  // of kernel scores: what the operator keeps
+    static constexpr std::size_t unfinished = std::numeric_limits<std::size_t>::max();
     std::size_t hop_count_ = 0;
 };
 
@@ -211,6 +212,7 @@ public:
         const detail::Adapted<T> ad(d_out, "d_out");
         const TensorView<const T> q = saved.q(), k = saved.k(), v = saved.v(), d = ad.view();
         detail::require_shape(d, {q.extents[0], q.extents[1], q.extents[2], v.extents[3]}, q.rank, "d_out");
+        detail::require(saved.hop_count_ != Saved<T>::unfinished, "saved", "a forward pass", "one that threw");
         detail::require(saved.hop_count_ == recursion_.hops.size(), "saved", [&] { return detail::text("a forward pass of this layer, with ", recursion_.hops.size(), " hops"); },
                         saved.hop_count_);
         const std::size_t heads_of_all = static_cast<std::size_t>(offset_t{q.batch()} * q.heads());
@@ -365,6 +367,7 @@ private:
     /// f(item, workers): items side by side, or, when there are fewer than threads, one after the other with all threads inside.
     template <class F>
     static void for_each_item(offset_t items, Workspace& workspace, bool reused, F&& f) {
+        const detail::FlushDenormals flush;  // of what the calling thread does itself, too
         const int threads = worker_count();
         workspace.prepare(threads);
         if (items >= threads) {
@@ -384,15 +387,16 @@ private:
     void train(const TensorView<T>& out, Saved<T>& saved, const TensorView<const T>& q, const TensorView<const T>& k, const TensorView<const T>& v, const CallOptions& options, bool accumulate) const {
         CallOptions with_plans = planned(q, k, v, options);  // throws before anything is changed
         detail::require_shape(out, {q.extents[0], q.extents[1], q.extents[2], v.extents[3]}, q.rank, "out");
+        saved.hop_count_ = Saved<T>::unfinished;  // should one's own bias throw on the way
         saved.inputs_.template keep<Q, K, V>(q, k, v);
         const auto lines = static_cast<std::size_t>(q.batch()) * static_cast<std::size_t>(q.heads()) * static_cast<std::size_t>(q.tokens());
-        saved.hop_count_ = recursion_.hops.size();
         saved.logsumexp_.resize(lines);
         saved.hops_.resize(lines * recursion_.hops.size() * static_cast<std::size_t>(v.dim()));
         saved.states_.resize(static_cast<std::size_t>(offset_t{q.batch()} * q.heads() * state_size<T>(q.dim(), v.dim())));
         run<T>(q, k, v, out, with_plans, saved.logsumexp_.data(), saved.hops_.data(), accumulate, saved.states_.data());
         with_plans.workspace = nullptr;
         saved.options_ = std::move(with_plans);
+        saved.hop_count_ = recursion_.hops.size();
     }
 
     template <class T>
@@ -407,7 +411,7 @@ private:
         const offset_t states_of_head = states ? state_size<T>(q.dim(), v.dim()) : 0;
         const auto lines = static_cast<offset_t>(recursion_.hops.size()) * q.tokens() * v.dim();
         if constexpr (!std::is_same_v<Backend, Reference> && !kernel && detail::may_have_one_hop<Diffusion>())
-            if (q.tokens() == 1 && group > 0 && plans.same_for_heads(q.batch()) && detail::simd::is_decoding(make_head<T>(q, k, v, plans.of(q, 0, 0), bound.of(0), options, 0, 0, 0))) {
+            if (q.tokens() == 1 && group > 0 && q.batch() > 0 && plans.same_for_heads(q.batch()) && detail::simd::is_decoding(make_head<T>(q, k, v, plans.of(q, 0, 0), bound.of(0), options, 0, 0, 0))) {
                 // Heads that share keys read them once.
                 for_each_item(offset_t{k.batch()} * k.heads(), workspace, options.workspace != nullptr, [&](offset_t item, detail::Workers& workers) {
                     using Head = decltype(make_head<T>(q, k, v, plans.of(q, 0, 0), bound.of(0), options, 0, 0, 0));

@@ -1,5 +1,8 @@
 // One mistake a macro. Without any this is the control.
 #include <polyattn/polyattn.hpp>
+#if defined(CASE_bias_without_table) || defined(CASE_causal_resolutions)
+#include <polyattn/nn/transformer.hpp>
+#endif
 
 using namespace polyattn;
 
@@ -19,6 +22,12 @@ struct CompressionWithoutLandmarks {
 };
 struct BiasWithoutCall {
     using policy_kind = bias_kind;
+};
+struct LearnedWithoutTable {
+    using policy_kind = bias_kind;
+    double operator()(index_t, index_t, index_t, index_t) const { return 0; }
+    std::size_t gradient_size() const { return 1; }
+    void accumulate_gradient(std::span<double>, index_t, index_t, index_t, index_t, double) const {}
 };
 struct ForeignScore {
     using policy_kind = score_kind;
@@ -73,6 +82,12 @@ int main() {
     Attention attention{SegmentMeans<2>{}, Alibi(1)};
 #elif defined(CASE_diffusion_of_maxima)
     Attention<SegmentMax<2>, PPR<2>> attention;
+#elif defined(CASE_causal_resolutions)
+    MultiResolution<SegmentMeans<2, 8>, TopOne<StraightThrough>, Causal> attention;
+#elif defined(CASE_combined_hashing)
+    Attention<Intersection<LocalitySensitiveHashing, Causal>> attention;
+#elif defined(CASE_bias_without_table)
+    nn::MultiHeadAttention<float, Attention<LearnedWithoutTable>> attention("layer", {}, 8, 2, 2, .1, 1, 1);
 #elif defined(CASE_several_resolutions)
     Attention<SegmentMeans<2, 8>, Kernel<ReLU>> attention;
 #elif defined(CASE_sampled_hashing)

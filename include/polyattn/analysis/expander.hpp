@@ -45,6 +45,7 @@ inline double laplacian_ratio(const Plan& plan, const std::vector<double>& x) {
         graph += x[i] * n * (x[i] - ax[i]);
         complete += n * (x[i] - mean) * (x[i] - mean);
     }
+    detail::require(complete > 0, "x", "numbers that are not all the same", std::string("equal ones"));
     return graph / complete;
 }
 

@@ -112,6 +112,9 @@ std::vector<double> reachable_share(const Sampler& sampler, index_t n, int layer
 /// 1 - (sampled / layers) (1 - 1 / windows) n / (n + 6 d). `fine_tuned` is the share of training that is dense.
 /// Source: SSA (KDD 2023), table 1, there n = 3072 or 4096, d = 1024.
 inline double relative_compute(index_t layers, index_t sampled, index_t windows, index_t n, index_t d, double fine_tuned = 0) {
+    detail::require(layers >= 1, "layers", "a number >= 1", layers);
+    detail::require(sampled >= 0 && sampled <= layers, "sampled", [&] { return detail::text("a number of layers from 0 to ", layers); }, sampled);
+    detail::require(windows >= 1, "windows", "a number >= 1", windows);
     const double c = 1 - double(sampled) / double(layers) * (1 - 1. / double(windows)) * double(n) / (double(n) + 6. * double(d));
     return (1 - fine_tuned) * c + fine_tuned;
 }

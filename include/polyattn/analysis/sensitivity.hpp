@@ -13,6 +13,7 @@ POLYATTN_BEGIN_NAMESPACE
 template <class F>
 double shift_sensitivity(F&& f, const Tensor<double>& x, index_t margin = 1) {
     const auto n = static_cast<index_t>(x.shape[0]);
+    detail::require(margin >= 0 && offset_t{2} * margin < n, "margin", [&] { return detail::text("a number of tokens from 0 to less than half of ", n); }, margin);
     const auto roll = [&](const Tensor<double>& t) {
         Tensor<double> rolled = t;
         std::rotate(rolled.values.begin(), rolled.values.end() - t.shape[1], rolled.values.end());

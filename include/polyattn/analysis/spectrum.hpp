@@ -21,8 +21,9 @@ public:
     offset_t degree(std::size_t i) const { return csr_.offsets[i + 1] - csr_.offsets[i]; }
     const Csr& csr() const { return csr_; }
 
-    /// A x.
+    /// A x. Throws invalid_input unless x has a number for each token.
     std::vector<double> apply(const std::vector<double>& x) const {
+        check(x);
         std::vector<double> y(tokens_, 0.);
         for (std::size_t i = 0; i < tokens_; ++i) {
             for (offset_t e = csr_.offsets[i]; e < csr_.offsets[i + 1]; ++e) y[i] += x[static_cast<std::size_t>(csr_.keys[static_cast<std::size_t>(e)])];
@@ -32,6 +33,7 @@ public:
     }
     /// x A: a distribution after one step.
     std::vector<double> step(const std::vector<double>& x) const {
+        check(x);
         std::vector<double> y(tokens_, 0.);
         for (std::size_t i = 0; i < tokens_; ++i)
             for (offset_t e = csr_.offsets[i]; e < csr_.offsets[i + 1]; ++e) y[static_cast<std::size_t>(csr_.keys[static_cast<std::size_t>(e)])] += x[i] / double(degree(i));
@@ -48,6 +50,8 @@ public:
     }
 
 private:
+    void check(const std::vector<double>& x) const { detail::require(x.size() == tokens_, "x", [&] { return detail::text(tokens_, " numbers"); }, x.size()); }
+
     Csr csr_;
     std::size_t tokens_;
 };

@@ -61,6 +61,15 @@ inline bool is_finite(float value) {
     return (bits >> 23 & 0xff) != 0xff;
 }
 
+/// Not a number, by its bits as well.
+template <class T>
+bool is_nan(T value) {
+    if (is_finite(value)) return false;
+    std::conditional_t<sizeof(T) == 4, std::uint32_t, std::uint64_t> bits;
+    std::memcpy(&bits, &value, sizeof bits);
+    return (bits & ((decltype(bits){1} << (sizeof(T) == 4 ? 23 : 52)) - 1)) != 0;
+}
+
 /// A finite number in [low, high]; NaN and infinities are named as such even under -ffast-math.
 inline void require_in_range(double value, double low, double high, const char* argument, const char* wanted) {
     require(is_finite(value) && value >= low && value <= high, argument, wanted,

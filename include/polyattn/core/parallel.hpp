@@ -56,7 +56,7 @@ POLYATTN_NOINLINE void call_body(Body& body, offset_t i, int worker) {
 
 }  // namespace detail
 
-/// Calls body(i, worker) once for every i of [0, count), worker < worker_count(). Nested calls run serially. The first
+/// Calls body(i, worker) once for every i of [0, count), worker < worker_count(). A call inside the body of several is serial. The first
 /// exception a body throws is rethrown to the caller after all threads have stopped. Which thread takes which i is open,
 /// so a body must not let its result depend on it. On x86 numbers below the smallest normal one count as 0 in a body.
 template <class Body>

@@ -74,8 +74,8 @@ public:
     static std::span<const index_t> routes(const Saved& saved) { return saved.routes; }
 
     void forward(MatrixView<const T> x, MatrixView<const T> residual, MatrixView<T> y, index_t batch, Saved& saved, const CallOptions& options, const detail::ActivationDropout& dropout) const {
-        Workspace& workspace = *options.workspace;
-        const index_t tokens = batch > 0 ? x.rows / batch : 0;
+        Workspace& workspace = detail::workspace_of(options, x, batch);
+        const index_t tokens = x.rows / batch;
         detail::check_lengths(options.key_lengths, batch, tokens, "key_lengths");
         detail::require(options.query_lengths.empty(), "query_lengths", "none: queries and keys are the same tokens", options.query_lengths.size());
         detail::require(!options.plan && options.item_plans.empty(), "plan", "none with several resolutions", "one");

@@ -19,6 +19,8 @@ public:
     /// y[i] (+)= row numbers[i] of the table. Throws invalid_input for a number outside it.
     void forward(std::span<const index_t> numbers, MatrixView<T> y, bool add = false) const {
         const auto entries = static_cast<index_t>(weight.value.shape[0]);
+        detail::require(std::cmp_equal(numbers.size(), y.rows), "numbers", [&] { return detail::text("one for each of ", y.rows, " rows"); }, numbers.size());
+        detail::require_columns(y.cols, static_cast<index_t>(weight.value.shape[1]), "y");
         for (const index_t number : numbers)
             detail::require(number >= 0 && number < entries, "numbers", [&] { return detail::text("entries of [0, ", entries, ")"); }, number);
         detail::parallel_rows(y.rows, [&](index_t i) {

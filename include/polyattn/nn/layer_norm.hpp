@@ -27,6 +27,8 @@ public:
 
     void forward(MatrixView<const T> x, MatrixView<T> y, Saved& saved) const {
         detail::require_columns(x.cols, static_cast<index_t>(weight.value.values.size()), "x");
+        detail::require_columns(y.cols, x.cols, "y");
+        detail::require_rows(y.rows, x.rows, "y");
         saved.mean.resize(static_cast<std::size_t>(x.rows));
         saved.scale.resize(static_cast<std::size_t>(x.rows));
         detail::parallel_rows(x.rows, [&](index_t i) {
@@ -57,6 +59,9 @@ public:
 
     /// Adds to the gradients of weight and bias; d_x = dL/dx, plus `other` if it has memory: the gradient that goes past the norm.
     void backward(MatrixView<const T> x, MatrixView<const T> d_y, Saved& saved, MatrixView<T> d_x, MatrixView<const T> other = {}) {
+        detail::require_rows(static_cast<index_t>(saved.mean.size()), x.rows, "saved");
+        detail::require_rows(d_y.rows, x.rows, "d_y");
+        detail::require_rows(d_x.rows, x.rows, "d_x");
         // Sums over rows: blocks of them, whose sums are added in order.
         constexpr index_t block = 128;
         const index_t columns = x.cols, blocks = (x.rows + block - 1) / block;

@@ -28,6 +28,9 @@ void add_column_sums(MatrixView<const T> x, T* to) {
     });
 }
 
+inline void require_rows(index_t rows, index_t wanted, const char* argument) {
+    require(rows == wanted, argument, [&] { return text(wanted, " rows"); }, rows);
+}
 inline void require_columns(index_t columns, index_t wanted, const char* argument) {
     require(columns == wanted, argument, [&] { return text(wanted, " columns"); }, columns);
 }
@@ -57,6 +60,7 @@ public:
         using V = detail::simd::Vec<T, xsimd::default_arch>;
         detail::require_columns(x.cols, in(), "x");
         detail::require_columns(y.cols, out(), "y");
+        detail::require_rows(y.rows, x.rows, "y");
         const auto finish = [&](index_t row, index_t column, std::span<T> values) {
             detail::simd::map_row<T, xsimd::default_arch>(bias.value.data() + column, values.data(), static_cast<index_t>(values.size()), [](V b, V value) { return value + b; });
             then(row, column, values);
@@ -68,6 +72,13 @@ public:
     /// pieces of d_x. 4 in out flops a row.
     template <class Then = detail::Keep>
     void backward(MatrixView<const T> x, MatrixView<const T> d_y, MatrixView<T> d_x, bool add, Workspace& workspace, Then&& then = {}) {
+        detail::require_columns(x.cols, in(), "x");
+        detail::require_columns(d_y.cols, out(), "d_y");
+        detail::require_rows(d_y.rows, x.rows, "d_y");
+        if (d_x.data) {
+            detail::require_columns(d_x.cols, in(), "d_x");
+            detail::require_rows(d_x.rows, x.rows, "d_x");
+        }
         detail::multiply(detail::transposed(d_y), x, detail::rows_of(weight.gradient), true, workspace);
         detail::add_column_sums(d_y, bias.gradient.data());
         if (d_x.data) detail::multiply(d_y, detail::rows_of(std::as_const(weight.value)), d_x, add, workspace, then);

@@ -9,7 +9,9 @@ namespace detail {
 
 /// A bias whose entries backward() can learn: a `table`, and the layer's copy of it.
 template <class Bias>
-concept HasTable = LearnedBias<decltype(bind_bias(std::declval<const Bias&>(), 0, 0))> && requires(Bias bias) { bias.table.assign(std::size_t{}, double{}); };
+concept Learns = LearnedBias<std::remove_cvref_t<decltype(bind_bias(std::declval<const Bias&>(), 0, 0))>>;
+template <class Bias>
+concept HasTable = Learns<Bias> && requires(Bias bias) { bias.table.assign(std::size_t{}, double{}); };
 
 }  // namespace detail
 
@@ -22,6 +24,7 @@ template <class T, class Attention>
 class MultiHeadAttention {
     using Bias = std::remove_cvref_t<decltype(std::declval<const Attention&>().bias())>;
     static constexpr bool learns_bias = detail::HasTable<Bias>;
+    static_assert(learns_bias || !detail::Learns<Bias>, "polyattn: nn trains a learned bias through its member `std::vector<double> table`; give it one, or leave out gradient_size()");
     static constexpr bool learns_compression = requires(const Attention& layer) { layer.compression().table; };
 
 public:
@@ -39,7 +42,7 @@ public:
     const Attention& attention() const { return attention_; }
     index_t heads() const { return heads_; }
 
-    struct Saved {
+    struct Saved : detail::MoveOnly {
         Tensor<T> projected, context, d_projected, d_context, d_merge;
         typename Attention::template SavedOf<T> attention;
         Gradients<TensorView<T>> gradients;
@@ -49,7 +52,7 @@ public:
     /// Rows of x and y are batch x tokens. `options` go to the attention.
     void forward(MatrixView<const T> x, MatrixView<const T> residual, MatrixView<T> y, index_t batch, Saved& saved, const CallOptions& options,
                  const detail::ActivationDropout& dropout) const {
-        Workspace& workspace = *options.workspace;
+        Workspace& workspace = detail::workspace_of(options, x, batch);
         saved.dropout = dropout;
         detail::reshape(saved.projected, {x.rows, project.out()});
         detail::reshape(saved.context, {x.rows, offset_t{heads_} * head_dim_});

@@ -11,7 +11,7 @@ namespace nn {
 /// Learning rates over the steps of a training run: linear from 0 over `warmup` steps, then to `last`, along a cosine or a line.
 struct LearningRate {
     double peak = 1e-3, last = 0;
-    std::int64_t warmup = 0, steps = 1;
+    std::int64_t warmup = 0, steps = 0;  // of all of the run
     bool cosine = true;
 
     void validate() const {
@@ -20,7 +20,9 @@ struct LearningRate {
         detail::require(steps >= 1, "steps", "a number >= 1", steps);
         detail::require(warmup >= 0 && warmup <= steps, "warmup", "a number of steps from 0 to all", warmup);
     }
+    /// Throws invalid_input for a parameter out of range.
     double at(std::int64_t step) const {
+        validate();
         if (step < warmup) return peak * double(step + 1) / double(warmup);
         const double done = std::min(1., double(step - warmup) / double(std::max<std::int64_t>(1, steps - warmup)));
         return last + (peak - last) * (cosine ? .5 * (1 + std::cos(std::numbers::pi * done)) : 1 - done);
@@ -62,10 +64,26 @@ class AdamW {
 public:
     double beta1 = .9, beta2 = .999, epsilon = 1e-8, weight_decay = 0;
 
-    /// One step along the gradients, which it sets to 0.
+    /// Throws invalid_input for a parameter out of range.
+    void validate() const {
+        detail::require(beta1 >= 0 && beta1 < 1, "beta1", "a share of [0, 1)", beta1);
+        detail::require(beta2 >= 0 && beta2 < 1, "beta2", "a share of [0, 1)", beta2);
+        detail::require(detail::is_finite(epsilon) && epsilon > 0, "epsilon", "a number > 0", epsilon);
+        detail::require(detail::is_finite(weight_decay) && weight_decay >= 0, "weight_decay", "a factor >= 0", weight_decay);
+    }
+
+    /// One step along the gradients, which it sets to 0. Throws invalid_input, before anything is changed, for a rate or parameter out of range, or another
+    /// model than in earlier steps.
     template <class Model>
     void step(Model& model, double rate) {
         detail::require(detail::is_finite(rate) && rate >= 0, "rate", "a learning rate >= 0", rate);
+        validate();
+        std::size_t parameters = 0;
+        model.for_each_parameter([&](Parameter<T>& parameter) {
+            detail::require(moments.empty() || (parameters < moments.size() && moments[parameters].mean.size() == parameter.value.values.size()), "model", "the model of the earlier steps", parameter.name);
+            ++parameters;
+        });
+        detail::require(moments.empty() || parameters == moments.size(), "model", "the model of the earlier steps", parameters);
         ++steps;
         const double first = 1 / (1 - std::pow(beta1, double(steps))), second = 1 / (1 - std::pow(beta2, double(steps)));
         std::size_t number = 0;
@@ -73,7 +91,6 @@ public:
             if (number == moments.size()) moments.push_back({AlignedVector<T>(parameter.value.values.size()), AlignedVector<T>(parameter.value.values.size())});
             auto& own = moments[number++];
             AlignedVector<T>&mean = own.mean, &square = own.square;  // names that clang 14 lets lambdas capture
-            detail::require(mean.size() == parameter.value.values.size(), "model", "the model of the earlier steps", parameter.name);
             const double decay = parameter.decays ? rate * weight_decay : 0;
             constexpr offset_t chunk = 4096;
             const auto size = static_cast<offset_t>(mean.size());

@@ -7,6 +7,18 @@
 
 POLYATTN_BEGIN_NAMESPACE
 
+namespace detail {
+
+/// That of the options of a layer of tokens. Throws invalid_input without one, or if the rows of x are not `batch` items of equal length.
+template <class T>
+Workspace& workspace_of(const CallOptions& options, const MatrixView<const T>& x, index_t batch) {
+    require(options.workspace, "options.workspace", "a workspace", "none");
+    require(batch >= 1 && x.rows % batch == 0, "batch", [&] { return text("a number of items that divides ", x.rows, " rows"); }, batch);
+    return *options.workspace;
+}
+
+}  // namespace detail
+
 namespace nn {
 
 /// One layer's attention in one pass: what its plans may hang on. `draw` is the layer's; `lengths` is empty if all tokens are valid.

@@ -18,11 +18,17 @@ struct LayerRange {
     bool contains(index_t layer) const { return layer >= first && layer < last; }
 };
 
-/// In the layers of a range attention sees what pattern and sampler leave, a fresh draw for each layer, step and sample; other layers keep
+/// The layers whose entry is true; those behind the last entry are not.
+struct LayerMask {
+    std::vector<bool> layers;
+    bool contains(index_t layer) const { return layer >= 0 && static_cast<std::size_t>(layer) < layers.size() && layers[static_cast<std::size_t>(layer)]; }
+};
+
+/// In the layers of a range or mask attention sees what pattern and sampler leave, a fresh draw for each layer, step and sample; other layers keep
 /// their own attention, which must have the same bias and diffusion, and the same pattern without sampler. The paper's S12-L4 of 16 layers
-/// is subsampled(Causal{}, LocallyBiased<4>{...}, LayerRange::last_of(12, 16)).
-template <SparsityPattern Pattern, SamplerPolicy Sampler>
-PlanSource subsampled(Pattern pattern, Sampler sampler, LayerRange layers = {}) {
+/// is subsampled(Causal{}, LocallyBiased<4>{...}, LayerRange::last_of(12, 16)), its W14-S10 leaves out the last two: LayerRange{4, 14}.
+template <SparsityPattern Pattern, SamplerPolicy Sampler, class Layers = LayerRange>
+PlanSource subsampled(Pattern pattern, Sampler sampler, Layers layers = {}) {
     const polyattn::Attention<Pattern, Sampler> checked{pattern, sampler};  // throws or fails to compile where they don't fit
     return [=](const LayerCall& call) -> std::vector<Plan> {
         if (!layers.contains(call.layer)) return {};
@@ -36,7 +42,10 @@ struct SubsampledTraining {
     double fine_tuned = .1;
 
     void validate() const { detail::require_in_range(fine_tuned, 0, 1, "fine_tuned", "a share of the steps from 0 to 1"); }
-    bool samples_at(std::int64_t step, std::int64_t steps) const { return double(step) < (1 - fine_tuned) * double(steps); }
+    bool samples_at(std::int64_t step, std::int64_t steps) const {
+        validate();
+        return double(step) < (1 - fine_tuned) * double(steps);
+    }
     PlanSource at(std::int64_t step, std::int64_t steps) const { return samples_at(step, steps) ? sampled : PlanSource{}; }
 };
 
@@ -44,6 +53,13 @@ struct SubsampledTraining {
 /// added in one program or collected in several and merged; equal orders give equal bits.
 class SelfEnsemble {
 public:
+    SelfEnsemble() = default;
+    /// The samples(), mean() and squares() of an ensemble that another process collected. Throws invalid_input if they do not fit.
+    SelfEnsemble(std::int64_t samples, std::vector<double> mean, std::vector<double> squares) : count_(samples), mean_(std::move(mean)), squares_(std::move(squares)) {
+        detail::require(samples >= 0, "samples", "a number >= 0", samples);
+        detail::require(squares_.size() == mean_.size(), "squares", [&] { return detail::text(mean_.size(), " numbers"); }, squares_.size());
+    }
+
     template <class T>
     void add(std::span<const T> values) {
         if (count_ == 0) {
@@ -76,6 +92,8 @@ public:
 
     std::int64_t samples() const { return count_; }
     std::span<const double> mean() const { return mean_; }
+    /// Summed squares of what samples are away from the mean.
+    std::span<const double> squares() const { return squares_; }
     /// Unbiased, of one sample; that of the mean is smaller by the number of samples. Empty below two.
     std::vector<double> variance() const {
         if (count_ < 2) return {};

@@ -238,8 +238,7 @@ public:
         detail::require(tile.bounds.empty() || tile.bounds.size() == static_cast<std::size_t>(tile.rows.size()), "bounds of a tile",
                         "none or one a row", tile.bounds.size());
         for (const Bounds& range : tile.bounds)
-            detail::require(range.begin >= 0 && range.end <= tile.keys.size(), "bounds of a tile", "positions of its keys",
-                            detail::text("[", range.begin, ", ", range.end, ")"));
+            if (range.begin < 0 || range.end > tile.keys.size()) throw invalid_input("bounds of a tile", "positions of its keys", detail::text("[", range.begin, ", ", range.end, ")"));
         detail::require(tile.excluded.empty() || !tile.keys.is_list(), "excluded keys of a tile", "none beside listed keys",
                         tile.excluded.size());
         check_ascending(tile.excluded, keys_, "excluded keys of a tile");

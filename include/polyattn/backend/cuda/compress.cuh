@@ -67,7 +67,7 @@ struct MaxForm {
             const Vector<T> row = x(first + i);
 #pragma unroll
             for (int l = 0; l < vector; ++l)
-                if (row.at[l] > most.at[l]) {
+                if (row.at[l] > most.at[l] || row.at[l] != row.at[l]) {  // not a number stays so
                     most.at[l] = row.at[l];
                     where[l] = first + i;
                 }

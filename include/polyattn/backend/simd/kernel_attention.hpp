@@ -148,7 +148,14 @@ public:
     index_t columns() const { return columns_; }
     bool reads_often() const { return false; }
     bool has_shared_rows() const { return false; }
-    void prepare(bool) {}
+    /// Without hops nothing has come by the denominators: a hop of zeros does.
+    void prepare(bool) {
+        if (!head_.recursion->hops.empty()) return;
+        const std::span<T> zeros = workers_[0].template take<T>(offset_t{std::max(head_.q.rows, head_.k.rows)} * columns_);
+        std::fill(zeros.begin(), zeros.end(), T(0));
+        states_ = nullptr;
+        apply({zeros.data(), columns_}, {zeros.data(), columns_}, Hop{.walk = 1, .teleport = 0}, zeros.data(), columns_, false, false);
+    }
 
     /// Numbers that backward wants to find again: the sums phi(K)^T Z_k of each hop, and phi(K)^T 1. None for causal heads.
     static offset_t state_size(index_t features, index_t value_columns, std::size_t hops, bool causal) {

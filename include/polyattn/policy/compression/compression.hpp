@@ -92,7 +92,7 @@ private:
             for (index_t c = 0; c < x.cols; ++c) {
                 index_t largest = first;
                 for (index_t i = first + 1; i < std::min(first + L, x.rows); ++i)
-                    if (x(i, c) > x(largest, c)) largest = i;
+                    if (x(i, c) > x(largest, c) || detail::is_nan(x(i, c))) largest = i;
                 f(first / L, c, largest);
             }
     }

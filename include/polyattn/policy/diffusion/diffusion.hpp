@@ -2,8 +2,10 @@
 
 #include <polyattn/policy/diffusion/concept.hpp>
 
+#include <algorithm>
 #include <array>
 #include <cmath>
+#include <numeric>
 #include <string>
 
 POLYATTN_BEGIN_NAMESPACE
@@ -40,16 +42,15 @@ struct HeatKernel {
 
     void validate() const { detail::require_in_range(t, 0, 1e3, "t", "a diffusion time from 0 to 1000"); }
     Recursion recursion() const {
-        std::array<double, K + 1> theta;
-        double sum = 0;
-        for (int k = 0; k <= K; ++k) {  // by logarithms: t^k alone overflows
-            theta[static_cast<std::size_t>(k)] = k == 0 ? std::exp(-t) : t == 0 ? 0 : std::exp(k * std::log(t) - std::lgamma(k + 1.) - t);
-            sum += theta[static_cast<std::size_t>(k)];
+        std::array<double, K + 1> theta{};
+        theta[0] = 1;
+        if (t > 0) {
+            // By logarithms, relative to the largest: t^k overflows, e^-t underflows.
+            for (int k = 0; k <= K; ++k) theta[static_cast<std::size_t>(k)] = k * std::log(t) - std::lgamma(k + 1.);
+            const double largest = *std::max_element(theta.begin(), theta.end());
+            for (double& coefficient : theta) coefficient = std::exp(coefficient - largest);
         }
-        if (sum == 0) {  // t so large that only the last term counts
-            theta.fill(0);
-            theta.back() = sum = 1;
-        }
+        const double sum = std::accumulate(theta.begin(), theta.end(), 0.);
         for (double& coefficient : theta) coefficient /= sum;
         return Recursion::from_polynomial(theta);
     }

@@ -22,6 +22,7 @@ auto join_plans(const std::tuple<Ps...>& patterns, PlanOf plan_of, Join join) {
 
 template <class... Ps>
 struct Combination {
+    static_assert((!DataDependentPattern<Ps> && ...), "polyattn: patterns that depend on q and k have no plan to combine; give forward() the plans of a pass as CallOptions::item_plans");
     using policy_kind = sparsity_pattern_kind;
     std::tuple<Ps...> patterns;
 
@@ -60,6 +61,7 @@ struct Intersection : detail::Combination<First, Rest...> {
 /// Diffuser's published code draws its graph so, at 4096.  Prefix<RandomTokens>{.length = 4096}
 template <SparsityPattern P>
 struct Prefix {
+    static_assert(!DataDependentPattern<P>, "polyattn: Prefix is of patterns that do not depend on q and k");
     using policy_kind = sparsity_pattern_kind;
     static constexpr bool is_causal = detail::is_causal<P>();
     index_t length = 4096;

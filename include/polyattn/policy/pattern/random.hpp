@@ -8,7 +8,8 @@
 POLYATTN_BEGIN_NAMESPACE
 
 /// Tokens whose whole row and whole column are edges: `tokens` if given (ascending), else `count` of the keys drawn at random.
-/// When there are fewer keys than `count`, all of them are global. 2 g n - g^2 pairs.
+/// When there are fewer keys than `count`, all of them are global. An empty list is none given: for no global tokens at all set `count` to 0 as well.
+/// 2 g n - g^2 pairs.
 struct GlobalTokens {
     using policy_kind = sparsity_pattern_kind;
     index_t count = 96;
@@ -63,7 +64,7 @@ struct RandomTokens {
     }
 };
 
-/// Each query sees `count` others at equal distances around the sequence: (p + floor(m n / (count + 1))) mod n, m = 1..count.
+/// Each query sees `count` others, all of them where there are not more, at equal distances around the sequence: (p + floor(m n / (count + 1))) mod n, m = 1..count.
 /// Source: Diffuser (AAAI 2023), table 7, row 5.
 struct UniformTokens {
     using policy_kind = sparsity_pattern_kind;
@@ -84,7 +85,8 @@ struct UniformTokens {
     }
 };
 
-/// G(n, m): `per_token` x queries cells of the whole matrix, drawn without replacement (every cell when there are not more).
+/// G(n, m): `per_token` x queries cells of the whole matrix, drawn without replacement (every cell when there are not more). For sparse graphs: O(m) draws
+/// up to half of all cells, O(m log keys) close to all of them, where cells that repeat are drawn again and again.
 /// Source: Erdos and Renyi (1959); the random part of Diffuser's published code, there drawn at 4096 and sliced: see Prefix.
 struct ErdosRenyi {
     using policy_kind = sparsity_pattern_kind;
