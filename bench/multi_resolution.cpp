@@ -51,7 +51,7 @@ void layer(benchmark::State& state) {
     state.counters["x_dense"] = median(dense_times) / medians.time;
     state.counters["ns/token"] = medians.time / n * 1e9;
     // Flops of both, projections included: what a perfect pair of programs would give.
-    const double landmarks = n * (.5 + .25 + .125 + .0625), multi_flops = 4. * n * dim * dim + 4 * landmarks * dim * dim + 4. * dim * dim / heads * (n + landmarks);
+    const double landmarks = n * (.5 + .25 + .125 + .0625), multi_flops = 4. * n * dim * dim + 4 * landmarks * dim * dim + 2. * dim * dim / heads * (n + landmarks);
     state.counters["x_flops"] = (8. * n * dim * dim + 4. * double(n) * n * dim) / multi_flops;
     state.counters["scratch_MB"] = double(multi.workspace.capacity()) / 1e6;
     const double least = n == 1024 ? 3.6 : n == 2048 ? 6.8 : n == 4096 ? 13 : n == 16384 ? 50 : n == 65536 ? 200 : 0;
@@ -86,6 +86,7 @@ void attention_proper(benchmark::State& state) {
     }
     const Medians medians = time_calls(state, run, fma_burst<float>);
     state.counters["x_dense"] = median(dense_times) / medians.time;
+    state.counters["x_flops"] = 4. * double(n) * n * dim / (2. * dim * dim / heads * n * (1 + .5 + .25 + .125 + .0625));
     const double least = n == 1024 ? 16 : n == 2048 ? 32 : n == 4096 ? 64 : n == 16384 ? 250 : n == 65536 ? 1000 : 0;
     if (least > 0) report_ratio(state, least / state.counters["x_dense"].value, 1);
 }

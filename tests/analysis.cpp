@@ -101,18 +101,22 @@ TEST_CASE("spectra of Diffuser's parts at n = 1024, w = g = r = 64") {
 TEST_CASE("token-wise random beats block-wise random at the same budget") {
     POLYATTN_RANDOM(random);
     const index_t n = 1024, degree = 192, block = 64;
-    const std::uint64_t seed = random.seed();
-    EdgeList blockwise{{0}, {}};
-    for (index_t i = 0; i < n; ++i) {
-        std::vector<index_t> picks;
-        RandomRow(seed, static_cast<std::uint32_t>(i / block), 55).distinct(n / block, degree / block, picks);
-        for (const index_t pick : picks)
-            for (index_t j = pick * block; j < (pick + 1) * block; ++j) blockwise.keys.push_back(j);
-        blockwise.offsets.push_back(static_cast<offset_t>(blockwise.keys.size()));
+    double blocks = 0;
+    const int draws = 5;
+    for (int draw = 0; draw < draws; ++draw) {
+        const std::uint64_t seed = random.seed();
+        EdgeList blockwise{{0}, {}};
+        for (index_t i = 0; i < n; ++i) {
+            std::vector<index_t> picks;
+            RandomRow(seed, static_cast<std::uint32_t>(i / block), 55).distinct(n / block, degree / block, picks);
+            for (const index_t pick : picks)
+                for (index_t j = pick * block; j < (pick + 1) * block; ++j) blockwise.keys.push_back(j);
+            blockwise.offsets.push_back(static_cast<offset_t>(blockwise.keys.size()));
+        }
+        blocks += second_eigenvalue(blockwise.plan(n, n)) / draws;
     }
-    const double tokens = second_eigenvalue(RandomTokens{.count = degree, .seed = seed}.plan(n, n)), blocks = second_eigenvalue(blockwise.plan(n, n));
-    CHECK(std::abs(tokens - .066) < .02);
-    CHECK(blocks > .4);  // .54 to .59 for most draws
+    CHECK(std::abs(second_eigenvalue(RandomTokens{.count = degree, .seed = random.seed()}.plan(n, n)) - .066) < .02);
+    CHECK(std::abs(blocks - .55) < .14);  // of 40 single draws .43 to .68, .54 on average
 }
 
 TEST_CASE("the theorems' assumptions and bounds hold on a random regular graph") {

@@ -10,6 +10,10 @@
 
 #include <functional>
 
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
+
 using namespace polyattn;
 
 namespace {
@@ -264,6 +268,68 @@ TEST_CASE("random features: rows sum to 1 with the defaults, causal or not; many
     const Tensor<float> wide({4, 1000});
     CHECK_THROWS_AS((Attention<Kernel<PositiveRandomFeatures>, Causal>{Kernel<PositiveRandomFeatures>{{.features = 8}}, Causal{}}(wide.view(), wide.view(), wide.view())), invalid_input);
 }
+
+TEST_CASE("rows without a denominator under diffusion: output 0, and their values feed the others") {
+    POLYATTN_RANDOM(random);
+    const index_t n = 40, d = 5;
+    auto q = random.tensor<double>({n, d}), k = random.tensor<double>({n, d}), v = random.tensor<double>({n, 3}), d_out = random.tensor<double>({n, 3});
+    for (index_t i = 0; i < n; i += 3)  // ReLU leaves nothing of them
+        for (index_t c = 0; c < d; ++c) q.values[static_cast<std::size_t>(i * d + c)] = -std::abs(q.values[static_cast<std::size_t>(i * d + c)]);
+    const auto check = [&](const auto& fast, const auto& exact) {
+        const auto [out, saved] = fast.forward(q.view(), k.view(), v.view());
+        const auto [wanted, exact_saved] = exact.forward(q.view(), k.view(), v.view());
+        const auto gradient = fast.backward(saved, d_out.view()), wanted_gradient = exact.backward(exact_saved, d_out.view());
+        const auto near = [](const Tensor<double>& got, const Tensor<double>& from) {
+            for (std::size_t i = 0; i < from.values.size(); ++i) CHECK(std::abs(got.values[i] - from.values[i]) < 1e-11 * (1 + std::abs(from.values[i])));
+        };
+        near(out, wanted);
+        near(gradient.q, wanted_gradient.q);
+        near(gradient.k, wanted_gradient.k);
+        near(gradient.v, wanted_gradient.v);
+        for (index_t i = 0; i < n; i += 3)
+            for (index_t c = 0; c < 3; ++c) CHECK(out.values[static_cast<std::size_t>(i * 3 + c)] == 0);
+        auto moved = v;
+        moved.values[0] += 1;  // of row 0, which is empty
+        CHECK(fast(q.view(), k.view(), moved.view()).values != out.values);
+    };
+    check(Attention<Kernel<ReLU, ExactOrZero>, PPR<3>>{}, Attention<Kernel<ReLU, ExactOrZero>, PPR<3>, Reference>{});
+    check(Attention<Kernel<ReLU, ExactOrZero>, PPR<3>, Causal>{}, Attention<Kernel<ReLU, ExactOrZero>, PPR<3>, Causal, Reference>{});
+}
+
+TEST_CASE("without hops the denominators are known all the same") {
+    POLYATTN_RANDOM(random);
+    const auto q = random.tensor<double>({2, 33, 4}), k = random.tensor<double>({2, 33, 4}), v = random.tensor<double>({2, 33, 3});
+    const auto check = [&](const auto& fast, const auto& exact) {
+        const auto got = fast.forward(q.view(), k.view(), v.view()), wanted = exact.forward(q.view(), k.view(), v.view());
+        CHECK(got.out.values == v.values);
+        for (std::size_t i = 0; i < 66; ++i) {
+            if (detail::is_finite(wanted.saved.logsumexp()[i])) CHECK(got.saved.logsumexp()[i] == doctest::Approx(wanted.saved.logsumexp()[i]).epsilon(1e-12));
+            else CHECK(got.saved.logsumexp()[i] == wanted.saved.logsumexp()[i]);
+        }
+    };
+    check(Attention<Kernel<ReLU, ExactOrZero>, PPR<0>>{}, Attention<Kernel<ReLU, ExactOrZero>, PPR<0>, Reference>{});
+    check(Attention<Kernel<ReLU, ExactOrZero>, PPR<0>, Causal>{}, Attention<Kernel<ReLU, ExactOrZero>, PPR<0>, Causal, Reference>{});
+}
+
+#if defined(_OPENMP) && defined(__SSE2__)
+TEST_CASE("numbers below the smallest normal one count as 0 whatever the number of threads") {
+    const int before = worker_count();
+    const Attention<Kernel<ReLU, ExactOrZero>, Causal> attention;
+    Tensor<float> x({1, 64, 8}), v({1, 64, 3});
+    std::fill(x.values.begin(), x.values.end(), 1e-20f);  // products of two are too small
+    std::fill(v.values.begin(), v.values.end(), 1.f);
+    for (const int threads : {1, 2, 3}) {
+        omp_set_num_threads(threads);
+        for (const float value : attention(x.view(), x.view(), v.view()).values) CHECK(value == 0);
+        auto state = attention.start<float>(1, 1, 1, 8, 3);
+        Tensor<float> token({1, 1, 8}), of({1, 1, 3});
+        std::fill(token.values.begin(), token.values.end(), 1e-20f);
+        std::fill(of.values.begin(), of.values.end(), 1.f);
+        for (const float value : attention.step(state, token.view(), token.view(), of.view()).values) CHECK(value == 0);
+    }
+    omp_set_num_threads(before);
+}
+#endif
 
 TEST_CASE("errors name the argument") {
     const Tensor<float> x({1, 1, 4, 4});

@@ -261,6 +261,40 @@ TEST_CASE("whole models: finite differences of every parameter") {
         model.forward(nodes, 3, saved, pass);
         CHECK(saved.outputs.values == before);
     }
+    {
+        // The head of token 0, with dropout; an item without tokens.
+        using Model = nn::Classifier<double, Attention<>>;
+        auto dropping = small;
+        dropping.dropout = .3;
+        Model model(Attention<>{}, 5, 3, dropping, 7, nn::Pooling::first);
+        shake(model, random, .2);
+        nn::Pass pass{.workspace = &workspace, .draw = {.seed = random.seed()}, .training = true, .lengths = {7, 4, 0}};
+        std::vector<index_t> tokens;
+        for (index_t i = 0; i < 21; ++i) tokens.push_back(i < 5 ? i : random.below(5));
+        const auto goals = random.tensor<double>({3, 3});
+        typename Model::Saved saved;
+        const auto loss = [&] {
+            const MatrixView<double> outputs = model.forward(tokens, 3, saved, pass);
+            return nn::mean_squared_error<double>({outputs.data, 9}, goals.values);
+        };
+        loss();
+        model.backward(saved, pass);
+        check_gradients(random, model, {}, loss);
+        pass.training = false;
+        model.forward(tokens, 3, saved, pass);
+        const MatrixView<const double> features = model.encoder.features(saved.encoder);
+        const auto &w = model.pooler[0].weight.value.values, &b = model.pooler[0].bias.value.values;
+        for (index_t item = 0; item < 3; ++item)
+            for (index_t o = 0; o < 3; ++o) {
+                double sum = model.head.bias.value.values[static_cast<std::size_t>(o)];
+                for (index_t c = 0; c < small.dim; ++c) {
+                    double bent = b[static_cast<std::size_t>(c)];
+                    for (index_t t = 0; t < small.dim && item < 2; ++t) bent += w[static_cast<std::size_t>(c * small.dim + t)] * features(item * 7, t);
+                    sum += model.head.weight.value.values[static_cast<std::size_t>(o * small.dim + c)] * std::tanh(bent);
+                }
+                CHECK(saved.outputs.values[static_cast<std::size_t>(item * 3 + o)] == doctest::Approx(sum).epsilon(1e-12));
+            }
+    }
     // A learned bias, and sampled attention in the second layer.
     RelativePosition bias{.heads = 2, .reach = 3, .table = std::vector<double>(14)};
     for (double& entry : bias.table) entry = random.normal();
@@ -372,6 +406,19 @@ TEST_CASE("initial values hang on seed and name, not on order") {
     double squares = 0;
     for (const float w : a.weight.value.values) squares += double(w) * double(w) / 1200;
     CHECK(std::abs(squares / (.02 * .02) - 1) < 6 * std::sqrt(2. / 1200));
+    // Branches end smaller, or as all weights are.
+    for (const bool scaled : {true, false}) {
+        nn::TransformerBlock<float, Attention<>> block("block", {}, {.layers = 8, .dim = 40, .heads = 2, .scaled_branches = scaled});
+        double merge = 0, down = 0;
+        for (const float w : block.attention.merge.weight.value.values) merge += double(w) * double(w) / (40 * 40);
+        for (const float w : block.feed_forward.down.weight.value.values) down += double(w) * double(w) / (40 * 160);
+        const double wanted = .02 * .02 / (scaled ? 16 : 1);
+        CHECK(std::abs(merge / wanted - 1) < 6 * std::sqrt(2. / 1600));
+        CHECK(std::abs(down / wanted - 1) < 6 * std::sqrt(2. / 6400));
+    }
+    const auto paper = nn::TransformerOptions::diffuser();
+    CHECK_NOTHROW(paper.validate());
+    CHECK((paper.layers == 12 && paper.dim == 768 && paper.heads == 12 && paper.hidden == 3072 && !paper.pre_norm && !paper.scaled_branches));
 }
 
 TEST_CASE("files: what numpy wrote, names of someone else, and what is refused") {

@@ -20,7 +20,7 @@ struct Dropout {
 namespace detail {
 
 /// Where a dropout on activations sits in a network: in place of a (batch, head), and beyond those of attention, so that all masks of a layer differ.
-enum class DropSite : std::uint32_t { embedding = 1 << 20, attention = 2 << 20, feed_forward = 3 << 20 };
+enum class DropSite : std::uint32_t { embedding = 1 << 20, attention = 2 << 20, feed_forward = 3 << 20, pooled = 4 << 20, head = 5 << 20 };
 
 /// The masks of one (batch, head): 0 for a dropped entry, 1 / (1 - p) for a kept one.
 class DropoutMask {

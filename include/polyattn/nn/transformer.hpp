@@ -44,10 +44,16 @@ struct TransformerOptions {
     Dropout attention_dropout = {};
     /// Deviation of the initial weights.
     double deviation = .02;
+    /// The last products of branches start smaller by 1 / sqrt(2 layers), as deep pre-LN networks want it; else all weights have the same deviation.
+    bool scaled_branches = true;
     std::uint64_t seed = 1;
+
+    /// Diffuser's text model (AAAI 2023), beside window, global and random tokens of 64 each: post-LN, all weights N(0, .02), dropout .1.
+    static TransformerOptions diffuser() { return {.layers = 12, .dim = 768, .heads = 12, .hidden = 3072, .pre_norm = false, .dropout = .1, .scaled_branches = false}; }
 
     void validate() const {
         detail::require(layers >= 1, "layers", "a number >= 1", layers);
+        detail::require(key_heads >= 0, "key_heads", "a number >= 0", key_heads);
         detail::require(dim >= 1, "dim", "a number of columns >= 1", dim);
         detail::require(hidden >= 0, "hidden", "a number of columns >= 0", hidden);
         detail::require_in_range(dropout, 0, .999, "dropout", "a probability of [0, 1)");
@@ -141,7 +147,7 @@ public:
     LayerNorm<T> attention_norm, feed_forward_norm;
 
 private:
-    static double scale(const TransformerOptions& options) { return 1 / std::sqrt(2. * options.layers); }
+    static double scale(const TransformerOptions& options) { return options.scaled_branches ? 1 / std::sqrt(2. * options.layers) : 1; }
     bool pre_norm_;
     double dropout_;
     Dropout attention_dropout_;
