@@ -6,7 +6,8 @@
 POLYATTN_BEGIN_NAMESPACE
 
 /// Probabilities of dropout in training. Kept entries are scaled by 1 / (1 - p). One mask on the weights serves all hops; one on
-/// Z follows each hop. Masks depend on (draw, batch, head, query, key or column, hop) only. Source: Diffuser's published code.
+/// Z follows each hop. Masks depend on (draw, batch, head, query, key or column, hop) only. Sources: Srivastava et al.,
+/// "Dropout" (2014); its places, Diffuser's published code.
 struct Dropout {
     double weights = 0;
     double values = 0;

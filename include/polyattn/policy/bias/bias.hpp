@@ -83,7 +83,7 @@ struct RelativePosition {
 
 /// A learned table of relative positions in a picture `width` tokens wide, [heads][2 * reach + 1][2 * reach + 1], by rows and
 /// columns: entry (key row - query row + reach, key column - query column + reach). Distances beyond `reach` share the outermost
-/// entries. Source: Liu et al., Swin Transformer (2021), equation 4.
+/// entries. Query i and key j are pixels i and j, whatever their numbers. Source: Liu et al., Swin Transformer (2021), equation 4.
 struct RelativePosition2D {
     using policy_kind = bias_kind;
     index_t heads = 1;
@@ -118,7 +118,7 @@ private:
 };
 
 /// A learned table [rows][heads] whose row a functor of (batch, query, key) names: graph distances, buckets, types of tokens.
-/// A row outside the table throws invalid_input from the call.
+/// Indices are those of the call's q and k. A row outside the table throws invalid_input from the call.
 template <class Index>
 struct TableBias {
     using policy_kind = bias_kind;
@@ -152,7 +152,7 @@ private:
 template <class Index>
 TableBias(Index, index_t, std::vector<double>) -> TableBias<Index>;
 
-/// Any functor of (batch, head, query, key).
+/// Any functor of (batch, head, query, key), indices of the call's q and k.
 template <class F>
 struct FunctionBias {
     using policy_kind = bias_kind;
