@@ -7,6 +7,7 @@
 #include <polyattn/nn/optimizer.hpp>
 #include <polyattn/polyattn.hpp>
 
+#include <algorithm>
 #include <cstdio>
 #include <filesystem>
 #include <map>
@@ -23,6 +24,8 @@ struct Task {
     index_t vocabulary = 0, classes = 0, tokens = 0;  // tokens: of the longest item
     std::function<Item(std::uint64_t seed, std::uint32_t number)> item;
 };
+
+constexpr std::uint32_t held_out = 1u << 31;  // numbers of items from there on are for testing
 
 /// What all such programs may set.
 struct Training {
@@ -47,6 +50,9 @@ struct Training {
     void announce(const std::string& name, const Task& task) const {
         std::cout << describe() << "\n" << name << ": up to " << task.tokens << " tokens, " << task.classes << " classes; " << steps << " steps of " << batch << " items, " << test << " held-out items, seeds "
                   << seed << " to " << seed + static_cast<std::uint64_t>(seeds) - 1 << "\n";
+        std::vector<int> answers(static_cast<std::size_t>(task.classes));
+        for (int i = 0; i < test; ++i) ++answers[static_cast<std::size_t>(task.item(seed, held_out + static_cast<std::uint32_t>(i)).label)];
+        std::cout << "always the most frequent answer: " << 100. * *std::max_element(answers.begin(), answers.end()) / test << " % right\n";
     }
 };
 
@@ -103,7 +109,7 @@ Outcome train(const std::string& name, const Training& s, const Task& task, std:
     int right = 0;
     for (int done = 0; done < s.test; done += static_cast<int>(s.batch)) {
         const index_t count = std::min<index_t>(s.batch, static_cast<index_t>(s.test - done));
-        const Batch batch(task, seed, 0x80000000u + static_cast<std::uint32_t>(done), count);
+        const Batch batch(task, seed, held_out + static_cast<std::uint32_t>(done), count);
         const MatrixView<float> logits = model.forward(batch.tokens, count, saved, {.workspace = &workspace, .draw = {.seed = seed}, .lengths = batch.lengths});
         for (index_t b = 0; b < count; ++b) right += std::max_element(logits.row(b), logits.row(b) + logits.cols) - logits.row(b) == batch.labels[static_cast<std::size_t>(b)];
     }

@@ -1,9 +1,9 @@
 // Which attention learns what: two-layer models with every kind of it on three generated tasks.
-//   listops [--task listops|paths|digits] [--setting tiny|quick|full] [--sweep models|rates|diffusion|tokens] [--steps N] [--seeds N] [--test N]
+//   listops [--task listops|paths|digits] [--setting tiny|quick|full|paper] [--sweep models|rates|diffusion|tokens] [--steps N] [--seeds N] [--test N]
 //           [--folder FOLDER] [--seed N]
 // listops: nested operations on digits, [MAX 4 [MIN 2 9 ] 7 ], by the rules of Nangia and Bowman, "ListOps" (2018); paths: are two marked points of
 // a picture on one path (after Linsley et al., Pathfinder); digits: 8 x 8 pixels. Prints one table; a run that is in FOLDER is not repeated.
-// `full` takes some hours, `quick` some minutes.
+// `full` takes some hours, `quick` some minutes; `paper` has expressions of 500 to 2000 tokens as Long Range Arena has them, and takes days.
 #include "attention_zoo.hpp"
 #include "digits.hpp"
 #include "experiment.hpp"
@@ -129,7 +129,8 @@ struct Settings : Training {
         setting = name;
         if (name == "tiny") steps = 2, test = 64, listops = {2, 3, 4, 16}, paths = {8, 2, 5}, batch = 8;
         else if (name == "full") steps = 3000, seeds = 3, test = 20000, batch = 32, listops = {4, 8, 48, 128}, paths = {16, 4, 14};
-        else if (name != "quick") throw std::runtime_error("--setting must be tiny, quick or full");
+        else if (name == "paper") steps = 5000, seeds = 3, test = 20000, batch = 32, listops = {10, 10, 500, 2000}, paths = {32, 6, 30};
+        else if (name != "quick") throw std::runtime_error("--setting must be tiny, quick, full or paper");
     }
     Task make_task() const {
         if (task == "listops") return {15, 10, listops.longest, listops};
@@ -189,6 +190,7 @@ int run(const Settings& s) {
             add("global x " + std::to_string(factor), patterned(LocalGlobalRandom{.window = sizes.window, .globals = factor * sizes.globals, .randoms = sizes.randoms}, PPR<5>{}));
             add("random x " + std::to_string(factor), patterned(LocalGlobalRandom{.window = sizes.window, .globals = sizes.globals, .randoms = factor * sizes.randoms}, PPR<5>{}));
         }
+        add("uniform instead of random", patterned(Union{SlidingWindow{.window = sizes.window}, GlobalTokens{.count = sizes.globals}, UniformTokens{.count = sizes.randoms}}, PPR<5>{}));
     } else throw std::runtime_error("--sweep must be models, rates, diffusion or tokens");
     print(rows);
     return 0;
