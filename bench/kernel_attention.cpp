@@ -89,12 +89,13 @@ void backward(benchmark::State& state) {
     report_share(state, flops / medians.time / medians.limit, wide && d == 64 && n >= 4096 ? .74 : 0);
 }
 
-/// One token of a causal layer, whatever came before.
-void step(benchmark::State& state) {
+/// One token of a causal layer with 8 heads, whatever came before.
+template <class Features>
+void step(benchmark::State& state, Features features) {
     use_threads(1);
     const index_t d = 64;
-    const Attention<Kernel<EluPlusOne>, Causal> layer;
-    auto sums = layer.start<float>(1, 8, 8, d, d);
+    const Attention<Kernel<Features>, Causal> layer{Kernel<Features>{features}, Causal{}};
+    auto sums = layer.template start<float>(1, 8, 8, d, d);
     const auto q = random_tensor({8, 1, d}, 1), k = random_tensor({8, 1, d}, 2), v = random_tensor({8, 1, d}, 3);
     const auto first = layer.step(sums, q.view(), k.view(), v.view());
     for (std::size_t i = 0; i < v.values.size(); ++i)
@@ -131,6 +132,7 @@ BENCHMARK(relu)->ArgNames({"n", "d"})->ArgsProduct({{1024, 4096, 65536}, {32, 64
 BENCHMARK(elu)->ArgNames({"n", "d"})->ArgsProduct({{1024, 4096}, {64}})->UseManualTime()->Unit(benchmark::kMillisecond);
 BENCHMARK(causal)->ArgNames({"n", "d"})->ArgsProduct({{1024, 4096, 65536}, {64}})->UseManualTime()->Unit(benchmark::kMillisecond);
 BENCHMARK(backward)->ArgNames({"n", "d"})->ArgsProduct({{1024, 4096, 65536}, {64}})->Args({4096, 128})->UseManualTime()->Unit(benchmark::kMillisecond);
-BENCHMARK(step)->Unit(benchmark::kMicrosecond);
+BENCHMARK_CAPTURE(step, elu_plus_one, EluPlusOne{})->Unit(benchmark::kMicrosecond);
+BENCHMARK_CAPTURE(step, random_256, PositiveRandomFeatures{.features = 256, .seed = 1})->Unit(benchmark::kMicrosecond);
 BENCHMARK(segment_means)->ArgNames({"n", "L"})->ArgsProduct({{1024, 65536}, {2, 8, 32}})->UseManualTime()->Unit(benchmark::kMicrosecond);
 BENCHMARK_MAIN();

@@ -94,23 +94,12 @@ class FeatureRows {
 public:
     static constexpr bool random = has_directions<Features>;
 
-    FeatureRows(const KernelHead<T, Features>& head, Arena& arena) : map_(*head.features), dim_(head.q.cols) {
+    explicit FeatureRows(const KernelHead<T, Features>& head) : map_(*head.features), dim_(head.q.cols) {
         if constexpr (random) {
             const RandomDirections& directions = *map_;
-            const double scale = std::pow(double(dim_), -.25);
+            tables_ = &directions.template tables<T>();
             count_ = directions.count;
             columns_ = padded(count_, width);
-            const index_t inputs = padded(dim_, width);
-            to_exponents_ = arena.take<T>(offset_t{dim_} * columns_).data();
-            to_inputs_ = arena.take<T>(offset_t{count_} * inputs).data();
-            std::fill_n(to_exponents_, offset_t{dim_} * columns_, T(0));
-            std::fill_n(to_inputs_, offset_t{count_} * inputs, T(0));
-            for (index_t r = 0; r < count_; ++r)
-                for (index_t c = 0; c < dim_; ++c) {
-                    const double w = directions.w[static_cast<std::size_t>(r) * static_cast<std::size_t>(dim_) + static_cast<std::size_t>(c)] * scale;
-                    to_exponents_[offset_t{c} * columns_ + r] = static_cast<T>(w * log2_e);
-                    to_inputs_[offset_t{r} * inputs + c] = static_cast<T>(w);
-                }
             constant_ = static_cast<T>(std::log2(double(count_)) / 2);
             shift_ = static_cast<T>(directions.fixed_shift * log2_e);
         } else columns_ = padded(count_ = dim_, width);
@@ -174,7 +163,7 @@ public:
                 for (index_t c = 0; c < dim_; ++c) to[c] = -total * root * rows.row(first + i)[c];
                 std::fill(to + dim_, to + inputs, T(0));
             }
-            row_product<T, A>(d_phi, columns_, count, count_, to_inputs_, inputs, inputs, scratch, inputs, nullptr, true);
+            row_product<T, A>(d_phi, columns_, count, count_, tables_->to_inputs.data(), tables_->inputs, inputs, scratch, inputs, nullptr, true);
             for (index_t i = 0; i < count; ++i) store_row<A>(d_x, first + i, scratch + offset_t{i} * inputs, adds);
         } else
             for (index_t i = 0; i < count; ++i) {
@@ -202,7 +191,7 @@ private:
     }
     /// log2 of the features before the shift, constant_ included.
     void exponents(Rows<T> rows, index_t first, index_t count, T* to) const {
-        row_product<T, A>(rows.row(first), rows.stride, count, dim_, to_exponents_, columns_, columns_, to, columns_, nullptr, false);
+        row_product<T, A>(rows.row(first), rows.stride, count, dim_, tables_->to_exponents.data(), tables_->features, columns_, to, columns_, nullptr, false);
         const T half = static_cast<T>(log2_e / 2 / std::sqrt(double(dim_)));
         for (index_t i = 0; i < count; ++i) {
             const T* const from = rows.row(first + i);
@@ -213,7 +202,7 @@ private:
 
     const Features& map_;
     index_t dim_, count_ = 0, columns_ = 0;
-    T *to_exponents_ = nullptr, *to_inputs_ = nullptr;
+    const RandomDirections::Tables<T>* tables_ = nullptr;
     T constant_ = 0, shift_ = 0;
 };
 

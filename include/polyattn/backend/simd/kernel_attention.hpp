@@ -124,7 +124,7 @@ protected:
 
 public:
     KernelAttention(const KernelHead<T, Features>& head, const Workers& workers)
-        : head_(head), workers_(workers), q_(readable_rows(head.q, false, width, workers[0])), k_(readable_rows(head.k, false, width, workers[0])), features_(head, workers[0]),
+        : head_(head), workers_(workers), q_(readable_rows(head.q, false, width, workers[0])), k_(readable_rows(head.k, false, width, workers[0])), features_(head),
           columns_(padded(head.v.cols, width)), f_(features_.columns()) {
         scratch_ = workers[0].template take<Scratch>(workers.count());
         for (int w = 0; w < workers.count(); ++w) {

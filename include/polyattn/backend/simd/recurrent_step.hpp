@@ -18,7 +18,7 @@ offset_t recurrent_size(index_t features, index_t value_columns, std::size_t hop
 template <class A, class T, class Features>
 void recurrent_step(const KernelHead<T, Features>& head, index_t tokens, T* state, MatrixView<T> out, Arena& arena) {
     constexpr int width = lanes<T, A>;
-    const FeatureRows<T, A, Features> features(head, arena);
+    const FeatureRows<T, A, Features> features(head);
     const index_t f = features.columns(), columns = padded(head.v.cols, width);
     T *const q = arena.take<T>(f).data(), *const k = arena.take<T>(f).data(), *const next = arena.take<T>(columns).data();
     features.template forward<true>(readable_rows(head.q, false, width, arena), 0, 1, q);

@@ -2,6 +2,7 @@
 // Feature maps of kernel attention: what stands for exp(q . k) is phi(q) . phi(k).
 
 #include <polyattn/core/error.hpp>
+#include <polyattn/core/memory.hpp>
 #include <polyattn/core/normal.hpp>
 #include <polyattn/core/rng.hpp>
 
@@ -9,6 +10,8 @@
 #include <concepts>
 #include <memory>
 #include <mutex>
+#include <numbers>
+#include <tuple>
 #include <vector>
 
 POLYATTN_BEGIN_NAMESPACE
@@ -45,6 +48,16 @@ struct RandomDirections {
     /// max |w|^2 / 4: no exponent exceeds |w|^2 / 2, and a fixed c is all that causality allows. Layers refuse dimensions for which
     /// features of small keys would underflow then: float above some 250.
     double fixed_shift = 0;
+    /// The same as kernels read them, in rows of whole 64-byte lines, zeros at their ends: w d^(-1/4) log2(e) as [dim][features], w d^(-1/4) as [count][inputs].
+    template <class T>
+    struct Tables {
+        index_t features = 0, inputs = 0;
+        AlignedVector<T> to_exponents, to_inputs;
+    };
+    template <class T>
+    const Tables<T>& tables() const {
+        return std::get<Tables<T>>(tables_);
+    }
 
     RandomDirections(index_t d, index_t m, bool in_blocks, std::uint64_t from) : dim(d), count(m), orthogonal(in_blocks), seed(from), w(static_cast<std::size_t>(d) * static_cast<std::size_t>(m)) {
         const auto normal = [](RandomRow& random) { return normal_deviate(random.next()) * 0x1p-24; };
@@ -73,7 +86,26 @@ struct RandomDirections {
             for (index_t c = 0; c < d; ++c) row(r)[c] *= factor;
         }
         for (index_t r = 0; r < m; ++r) fixed_shift = std::max(fixed_shift, dot(row(r), row(r)) / 4);
+        std::apply([&](auto&... table) { (fill(table), ...); }, tables_);
     }
+
+private:
+    template <class T>
+    void fill(Tables<T>& to) const {
+        constexpr index_t line = 64 / sizeof(T);
+        const double scale = std::pow(double(dim), -.25);
+        to.features = (count + line - 1) / line * line;
+        to.inputs = (dim + line - 1) / line * line;
+        to.to_exponents.resize(static_cast<std::size_t>(dim) * static_cast<std::size_t>(to.features));
+        to.to_inputs.resize(static_cast<std::size_t>(count) * static_cast<std::size_t>(to.inputs));
+        for (std::size_t r = 0; r < static_cast<std::size_t>(count); ++r)
+            for (std::size_t c = 0; c < static_cast<std::size_t>(dim); ++c) {
+                const double scaled = w[r * static_cast<std::size_t>(dim) + c] * scale;
+                to.to_exponents[c * static_cast<std::size_t>(to.features) + r] = static_cast<T>(scaled * std::numbers::log2e);
+                to.to_inputs[r * static_cast<std::size_t>(to.inputs) + c] = static_cast<T>(scaled);
+            }
+    }
+    std::tuple<Tables<float>, Tables<double>> tables_;
 };
 
 }  // namespace detail
