@@ -231,27 +231,32 @@ TEST_CASE("whole models: finite differences of every parameter") {
     options.embedding_norm = true;
     options.norm_epsilon = 1e-3;
     check(Attention{SlidingWindow{.window = 6}}, options, {.training = true}, 13);
+    // Three items of up to 7 tokens, as regression: the tokens.
+    const auto check_items = [&]<class Model>(Model& model, const nn::Pass& pass, typename Model::Saved& saved) {
+        shake(model, random, .2);
+        std::vector<index_t> items;
+        for (index_t i = 0; i < 21; ++i) items.push_back(i < 5 ? i : random.below(5));
+        const auto goals = random.tensor<double>({3, 3});
+        const auto loss = [&] {
+            const MatrixView<double> outputs = model.forward(items, 3, saved, pass);
+            return nn::mean_squared_error<double>({outputs.data, 9}, goals.values);
+        };
+        loss();
+        model.backward(saved, pass);
+        check_gradients(random, model, {}, loss);
+        return items;
+    };
     {
-        // A ragged batch of graphs, as regression: a learned bias by distance, every item its own.
+        // A ragged batch of graphs: a learned bias by distance, every item its own.
         const auto distance = [](index_t batch, index_t query, index_t key) { return (query + key + batch) % 4; };
         TableBias bias{distance, 2, std::vector<double>(8)};
         for (double& entry : bias.table) entry = random.normal();
         const Attention attention{bias, Unbiased{.drop = .4, .per_item = true}};
         using Model = nn::Classifier<double, std::remove_const_t<decltype(attention)>>;
         Model model(attention, 5, 3, small, 7);
-        shake(model, random, .2);
         const nn::Pass pass{.workspace = &workspace, .draw = {.seed = random.seed()}, .lengths = {7, 4, 1}};
-        std::vector<index_t> nodes;
-        for (index_t i = 0; i < 21; ++i) nodes.push_back(i < 5 ? i : random.below(5));
-        const auto goals = random.tensor<double>({3, 3});
         typename Model::Saved saved;
-        const auto loss = [&] {
-            const MatrixView<double> outputs = model.forward(nodes, 3, saved, pass);
-            return nn::mean_squared_error<double>({outputs.data, 9}, goals.values);
-        };
-        loss();
-        model.backward(saved, pass);
-        check_gradients(random, model, {}, loss);
+        auto nodes = check_items(model, pass, saved);
         // Tokens behind an item's length change nothing.
         const auto before = [&] {
             model.forward(nodes, 3, saved, pass);
@@ -267,19 +272,9 @@ TEST_CASE("whole models: finite differences of every parameter") {
         auto dropping = small;
         dropping.dropout = .3;
         Model model(Attention<>{}, 5, 3, dropping, 7, nn::Pooling::first);
-        shake(model, random, .2);
         nn::Pass pass{.workspace = &workspace, .draw = {.seed = random.seed()}, .training = true, .lengths = {7, 4, 0}};
-        std::vector<index_t> tokens;
-        for (index_t i = 0; i < 21; ++i) tokens.push_back(i < 5 ? i : random.below(5));
-        const auto goals = random.tensor<double>({3, 3});
         typename Model::Saved saved;
-        const auto loss = [&] {
-            const MatrixView<double> outputs = model.forward(tokens, 3, saved, pass);
-            return nn::mean_squared_error<double>({outputs.data, 9}, goals.values);
-        };
-        loss();
-        model.backward(saved, pass);
-        check_gradients(random, model, {}, loss);
+        const auto tokens = check_items(model, pass, saved);
         pass.training = false;
         model.forward(tokens, 3, saved, pass);
         const MatrixView<const double> features = model.encoder.features(saved.encoder);
