@@ -273,8 +273,13 @@ TEST_CASE("rows without a denominator under diffusion: output 0, and their value
     POLYATTN_RANDOM(random);
     const index_t n = 40, d = 5;
     auto q = random.tensor<double>({n, d}), k = random.tensor<double>({n, d}), v = random.tensor<double>({n, 3}), d_out = random.tensor<double>({n, 3});
-    for (index_t i = 0; i < n; i += 3)  // ReLU leaves nothing of them
-        for (index_t c = 0; c < d; ++c) q.values[static_cast<std::size_t>(i * d + c)] = -std::abs(q.values[static_cast<std::size_t>(i * d + c)]);
+    // Far from 0, so that no denominator is small; of every third query ReLU leaves nothing.
+    for (double& entry : k.values) entry = .1 + std::abs(entry);
+    for (index_t i = 0; i < n; ++i)
+        for (index_t c = 0; c < d; ++c) {
+            double& entry = q.values[static_cast<std::size_t>(i * d + c)];
+            entry = (i % 3 == 0 ? -1 : 1) * (.1 + std::abs(entry));
+        }
     const auto check = [&](const auto& fast, const auto& exact) {
         const auto [out, saved] = fast.forward(q.view(), k.view(), v.view());
         const auto [wanted, exact_saved] = exact.forward(q.view(), k.view(), v.view());
