@@ -150,6 +150,7 @@ TEST_CASE("coefficients: PPR, heat kernel and own polynomials as sums of theta_k
     for (const double t : {0., 1e-3, 900.}) {
         const auto h = theta_of(HeatKernel<3>{.t = t}.recursion());
         CHECK(std::abs(std::accumulate(h.begin(), h.end(), 0.) - 1) < digits);
+        if (t > 0) CHECK(std::abs(h[2] / h[3] * t / 3 - 1) < 1e3 * digits);  // theta_2 / theta_3 = 3 / t, however large t is
     }
     for (const std::array<double, 4>& wanted : {std::array{.1, .2, .3, .4}, {1., 0., 0., 0.}, {0., 0., 1., 0.}, {.5, -1., 0., 1.5}, {0., 0., 0., 0.}, {2., 1., 1., 0.}}) {
         const auto got = theta_of(Polynomial<3>{wanted}.recursion());
