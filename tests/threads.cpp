@@ -33,14 +33,16 @@ TEST_CASE("one head split over threads, many heads side by side: the same bits")
     POLYATTN_RANDOM(random);
     const int before = worker_count();
     struct Size {
-        index_t n, heads, key_heads;
+        index_t n, heads, key_heads, dim;
     };
-    for (const Size size : {Size{5000, 1, 1}, Size{300, 1, 1}, Size{300, 6, 3}, Size{70, 5, 5}}) {
+    for (const Size size : {Size{5000, 1, 1, 24}, Size{300, 2, 1, 8}, Size{300, 6, 3, 8}, Size{70, 5, 5, 8}}) {
         const Plan plans[] = {LocalGlobalRandom{.window = 16, .globals = 5, .randoms = 4, .seed = random.seed()}.plan(size.n, size.n), CausalSlidingWindow{.window = 33}.plan(size.n, size.n),
                               Union{Strided{.stride = 70}, SlidingWindow{.window = 6, .dilation = 3}}.plan(size.n, size.n)};
+        // Two hops of one head, with and without edges: worth sharing.
+        if (size.heads == 1) CHECK(detail::Work{.flops = 2. * static_cast<double>(plans[0].count()) * (3 * size.dim), .meetings = 4}.gains_from_threads(1, 2));
         for (const Plan& plan : plans)
             for (const std::size_t budget : {std::size_t{0}, std::size_t{1} << 28}) {
-                const auto q = random.tensor<float>({1, size.heads, size.n, 8}), k = random.tensor<float>({1, size.key_heads, size.n, 8}), v = random.tensor<float>({1, size.key_heads, size.n, 8});
+                const auto q = random.tensor<float>({1, size.heads, size.n, size.dim}), k = random.tensor<float>({1, size.key_heads, size.n, size.dim}), v = random.tensor<float>({1, size.key_heads, size.n, size.dim});
                 CallOptions options;
                 options.plan = plan;
                 options.weight_budget = budget;
@@ -62,6 +64,19 @@ TEST_CASE("one head split over threads, many heads side by side: the same bits")
             }
     }
     set_threads(before);
+}
+
+TEST_CASE("heads that are fewer than threads share these only where that pays") {
+    using detail::Work;
+    CHECK(Work{.flops = 1e9, .meetings = 1}.gains_from_threads(1, 2));
+    CHECK_FALSE(Work{.flops = 1e6, .meetings = 1}.gains_from_threads(1, 2));
+    CHECK_FALSE(Work{.flops = 1e7, .meetings = 10}.gains_from_threads(1, 8));
+    CHECK_FALSE(Work{.flops = 1e7, .meetings = 1}.gains_from_threads(7, 8));  // side by side all but one work
+    CHECK_FALSE(Work{.flops = 1e12, .meetings = Work::serial}.gains_from_threads(1, 8));
+    CHECK_FALSE(Work{.flops = 1e12, .meetings = Work::serial}.times(3).gains_from_threads(1, 8));
+    // Alone on one thread, whatever a parallel loop inside would take otherwise.
+    const detail::OneThread alone;
+    CHECK(worker_count() == 1);
 }
 
 TEST_CASE("one layer called from several threads at the same time") {

@@ -240,7 +240,8 @@ public:
         const auto hops_of = [&](index_t b, index_t h) { return saved.hops_.data() + (offset_t{b} * q.heads() + h) * hop_rows * v.dim(); };
         const auto first_of = [&](offset_t run) { return items * run / runs * group; };
         const offset_t in_turn = worker_count();
-        for_each_item(runs, workspace, options.workspace != nullptr, [&](offset_t run, detail::Workers& workers) {
+        const auto work = [&] { return work_of_head<T>(q, k, v, saved.plan()).times(2.5 * static_cast<double>(items * group) / static_cast<double>(runs)); };
+        for_each_item(runs, work, workspace, options.workspace != nullptr, [&](offset_t run, detail::Workers& workers) {
             for (offset_t query_item = first_of(run); query_item < first_of(run + 1); ++query_item) {
                 const auto [b, h, kh] = head_at(query_item, k.heads(), group);
                 const offset_t line = offset_t{b} * q.heads() + h;
@@ -295,7 +296,8 @@ public:
         const offset_t size = detail::simd::recurrent_size<T, Arch>(feature_count(vq.dim()), vv.dim(), recursion_.hops.size());
         detail::require(state.sums_.size() == static_cast<std::size_t>(offset_t{vq.batch()} * heads * size), "state", "one that start() of this layer made", "another's");
         ++state.tokens_;
-        for_each_item(offset_t{vq.batch()} * heads, state.workspace_, true, [&](offset_t item, detail::Workers& workers) {
+        const auto work = [&] { return work_of_head<T>(vq, vk, vv, plan); };
+        for_each_item(offset_t{vq.batch()} * heads, work, state.workspace_, true, [&](offset_t item, detail::Workers& workers) {
             const auto b = static_cast<index_t>(item / heads), h = static_cast<index_t>(item % heads);
             const auto head = make_head<T>(vq, vk, vv, plan, bound, {}, b, h, h / group);
             detail::simd::recurrent_step<Arch>(head, state.tokens_, state.sums_.data() + item * size, to.head(b, h), workers[0]);
@@ -364,23 +366,43 @@ private:
         const offset_t heads = offset_t{key_heads} * group;
         return {static_cast<index_t>(item / heads), static_cast<index_t>(item % heads), static_cast<index_t>(item % heads / group)};
     }
-    /// f(item, workers): items side by side, or, when there are fewer than threads, one after the other with all threads inside.
-    template <class F>
-    static void for_each_item(offset_t items, Workspace& workspace, bool reused, F&& f) {
+    /// Work of the head of a call.
+    template <class T>
+    detail::Work work_of_head(const TensorView<const T>& q, const TensorView<const T>& k, const TensorView<const T>& v, const Plan& plan) const {
+        const double hops = static_cast<double>(std::max<std::size_t>(recursion_.hops.size(), 1)), e = v.dim();
+        if constexpr (kernel) {
+            const double flops = 4. * hops * feature_count(q.dim()) * e * (double(q.tokens()) + k.tokens());
+            return {flops, detail::is_causal<Pattern>() ? detail::Work::serial : hops};
+        } else return {2. * static_cast<double>(plan.count()) * (q.dim() + hops * e), hops * (plan.edges().count() > 0 ? 2 : 1)};
+    }
+
+    /// f(item, workers): items side by side, or, where they are fewer than threads, one after the other, with all threads inside or with one, if that is faster. `work()` is that of an item.
+    template <class Work, class F>
+    static void for_each_item(offset_t items, const Work& work, Workspace& workspace, bool reused, const F& f) {
         const detail::FlushDenormals flush;  // of what the calling thread does itself, too
         const int threads = worker_count();
         workspace.prepare(threads);
-        if (items >= threads) {
-            parallel_for(items, [&](offset_t item, int worker) {
-                detail::Workers workers(workspace, worker, 1);
-                f(item, workers);
-            });
-            if (reused) workspace.level();
-        } else
-            for (offset_t item = 0; item < items; ++item) {
-                detail::Workers workers(workspace, 0, threads);
-                f(item, workers);
+        const auto alone = [&](offset_t item, int worker) {
+            const detail::OneThread guard;
+            detail::Workers workers(workspace, worker, 1);
+            f(item, workers);
+        };
+        if (items > 0 && items < threads) {
+            const detail::Work item_work = work();
+            if (item_work.gains_from_threads(items, threads)) {
+                for (offset_t item = 0; item < items; ++item) {
+                    detail::Workers workers(workspace, 0, threads);
+                    f(item, workers);
+                }
+                return;
             }
+            if (item_work.is_little(items)) {
+                for (offset_t item = 0; item < items; ++item) alone(item, 0);
+                return;
+            }
+        }
+        parallel_for(items, alone);
+        if (reused) workspace.level();
     }
 
     template <class Q, class K, class V, class T>
@@ -410,10 +432,11 @@ private:
         const index_t group = k.heads() == 0 ? 0 : q.heads() / k.heads();
         const offset_t states_of_head = states ? state_size<T>(q.dim(), v.dim()) : 0;
         const auto lines = static_cast<offset_t>(recursion_.hops.size()) * q.tokens() * v.dim();
+        const auto work = [&] { return work_of_head<T>(q, k, v, plans.of(q, 0, 0)); };
         if constexpr (!std::is_same_v<Backend, Reference> && !kernel && detail::may_have_one_hop<Diffusion>())
             if (q.tokens() == 1 && group > 0 && q.batch() > 0 && plans.same_for_heads(q.batch()) && detail::simd::is_decoding(make_head<T>(q, k, v, plans.of(q, 0, 0), bound.of(0), options, 0, 0, 0))) {
                 // Heads that share keys read them once.
-                for_each_item(offset_t{k.batch()} * k.heads(), workspace, options.workspace != nullptr, [&](offset_t item, detail::Workers& workers) {
+                for_each_item(offset_t{k.batch()} * k.heads(), [&] { return work().times(group); }, workspace, options.workspace != nullptr, [&](offset_t item, detail::Workers& workers) {
                     using Head = decltype(make_head<T>(q, k, v, plans.of(q, 0, 0), bound.of(0), options, 0, 0, 0));
                     const auto heads = workers[0].template take<Head>(group);
                     const auto results = workers[0].template take<detail::HeadResult<T>>(group);
@@ -429,7 +452,7 @@ private:
                 return;
             }
         const offset_t items = offset_t{q.batch()} * q.heads(), in_turn = worker_count();
-        for_each_item(items, workspace, options.workspace != nullptr, [&](offset_t item, detail::Workers& workers) {
+        for_each_item(items, work, workspace, options.workspace != nullptr, [&](offset_t item, detail::Workers& workers) {
             const auto [b, h, kh] = head_at(item, k.heads(), group);
             auto head = make_head<T>(q, k, v, plans.of(q, b, h), bound.of(b), options, b, h, kh);
             std::array<MatrixView<const T>, 4> next;
