@@ -3,9 +3,12 @@
 #include <polyattn/core/config.hpp>
 
 #include <cmath>
+#include <concepts>
 #include <cstring>
+#include <initializer_list>
 #include <stdexcept>
 #include <string>
+#include <string_view>
 #include <type_traits>
 #include <utility>
 
@@ -29,24 +32,55 @@ private:
 
 namespace detail {
 
-/// Joins strings and numbers.
+/// A string or a number.
+class TextPart {
+public:
+    TextPart(const char* text) : string_(text) {}
+    TextPart(const std::string& text) : string_(text) {}
+    template <std::signed_integral T>
+    TextPart(T number) : kind_(Kind::whole), whole_(number) {}
+    template <std::unsigned_integral T>
+    TextPart(T number) : kind_(Kind::natural), natural_(number) {}
+    template <std::floating_point T>
+    TextPart(T number) : kind_(Kind::real), real_(static_cast<double>(number)) {}
+
+    void append_to(std::string& text) const {
+        switch (kind_) {
+            case Kind::string: text += string_; break;
+            case Kind::whole: text += std::to_string(whole_); break;
+            case Kind::natural: text += std::to_string(natural_); break;
+            case Kind::real: text += std::to_string(real_); break;
+        }
+    }
+
+private:
+    enum class Kind { string, whole, natural, real };
+    Kind kind_ = Kind::string;
+    std::string_view string_;
+    long long whole_ = 0;
+    unsigned long long natural_ = 0;
+    double real_ = 0;
+};
+
+/// Joins strings and numbers. The work is out of line: checks are many, and messages need no speed.
+POLYATTN_NOINLINE inline std::string joined(std::initializer_list<TextPart> parts) {
+    std::string text;
+    for (const TextPart& part : parts) part.append_to(text);
+    return text;
+}
 template <class... Parts>
 std::string text(const Parts&... parts) {
-    std::string joined;
-    const auto add = [&](const auto& part) {
-        if constexpr (std::is_arithmetic_v<std::decay_t<decltype(part)>>) joined += std::to_string(part);
-        else joined += part;
-    };
-    (add(parts), ...);
-    return joined;
+    return joined({TextPart(parts)...});
 }
+
+[[noreturn]] POLYATTN_NOINLINE inline void refuse(const char* argument, TextPart wanted, TextPart got) { throw invalid_input(argument, joined({wanted}), joined({got})); }
 
 /// Throws unless `ok`. `wanted` may be a function that makes the text, so that a check that passes allocates nothing.
 template <class Wanted, class Got>
 void require(bool ok, const char* argument, const Wanted& wanted, const Got& got) {
     if (ok) return;
-    if constexpr (std::is_invocable_v<Wanted>) throw invalid_input(argument, wanted(), text(got));
-    else throw invalid_input(argument, wanted, text(got));
+    if constexpr (std::is_invocable_v<Wanted>) refuse(argument, wanted(), got);
+    else refuse(argument, wanted, got);
 }
 
 /// Finite by its bits: std::isfinite folds to true under -ffast-math.
