@@ -21,8 +21,9 @@ template <class T>
 Rows<T> scaled_rows(Rows<T> v, double factor, index_t rows, index_t columns, Arena& arena) {
     if (factor == 1) return v;
     T* const copy = arena.take<T>(offset_t{rows} * columns).data();
-    for (index_t i = 0; i < rows; ++i)
+    parallel_rows(rows, [&](index_t i) {
         for (index_t c = 0; c < columns; ++c) copy[offset_t{i} * columns + c] = factor == 0 ? T(0) : static_cast<T>(factor) * v.row(i)[c];
+    });
     return {copy, columns};
 }
 
@@ -56,7 +57,7 @@ void forward(const AnyHead& head, const HeadResult<T>& result, Workers& workers)
     Rows<T> z = scaled_rows(v, head.recursion->start, head.v.rows, columns, arena);
     if (hops.empty()) {
         const T* const zeros = std::fill_n(arena.take<T>(columns).data(), columns, T(0)) - columns;
-        for (index_t i = 0; i < rows; ++i) store_row<A>(result.out, i, i < head.query_length ? z.row(i) : zeros, result.accumulate);
+        parallel_rows(rows, [&](index_t i) { store_row<A>(result.out, i, i < head.query_length ? z.row(i) : zeros, result.accumulate); });
     }
     const bool direct = result.out.col_stride == 1 && columns == dim && !result.accumulate;
     T* spare[2] = {};
@@ -76,12 +77,12 @@ void forward(const AnyHead& head, const HeadResult<T>& result, Workers& workers)
         const bool continues = !head.dropout.drops_values();
         if (once) attention.apply_once(z, v, hops[k], to, stride, result.logsumexp != nullptr);
         else attention.apply(z, v, hops[k], to, stride, k > 0 && continues, !last && continues);
-        if (head.dropout.drops_values())
-            for (index_t i = 0; i < rows; ++i) drop_values(head.dropout, static_cast<int>(k), i, to + i * stride, dim);
-        if (result.hops && columns != dim)
-            for (index_t i = 0; i < rows; ++i) std::copy_n(to + i * stride, dim, result.hops + (static_cast<offset_t>(k) * rows + i) * dim);
-        if (last && to != result.out.data)
-            for (index_t i = 0; i < rows; ++i) store_row<A>(result.out, i, to + i * stride, result.accumulate);
+        const bool drops = head.dropout.drops_values(), copies = result.hops && columns != dim, stores = last && to != result.out.data;
+        parallel_rows(drops || copies || stores ? rows : 0, [&](index_t i) {
+            if (drops) drop_values(head.dropout, static_cast<int>(k), i, to + i * stride, dim);
+            if (copies) std::copy_n(to + i * stride, dim, result.hops + (static_cast<offset_t>(k) * rows + i) * dim);
+            if (stores) store_row<A>(result.out, i, to + i * stride, result.accumulate);
+        });
         z = {to, stride};
     }
     if (result.logsumexp)

@@ -138,9 +138,14 @@ public:
         sums_ = workers[0].template take<T>(f_).data();
         mean_ = workers[0].template take<T>(columns_).data();
         if (features_.shifts_keys && !head.causal) {
-            T highest = std::numeric_limits<T>::lowest();
-            for (index_t j = 0; j < head.key_length; j += block) highest = std::max(highest, features_.highest_exponent(k_, j, std::min(block, head.key_length - j), scratch_[0].phi));
-            features_.shift_keys_by(highest);
+            const std::span<T> highest = workers_[0].template take<T>(workers.count());
+            std::fill(highest.begin(), highest.end(), std::numeric_limits<T>::lowest());
+            parallel_for((offset_t{head.key_length} + block - 1) / block, [&](offset_t unit, int worker) {
+                const auto first = static_cast<index_t>(unit) * block;
+                T& own = highest[static_cast<std::size_t>(worker)];
+                own = std::max(own, features_.highest_exponent(k_, first, std::min(block, head.key_length - first), scratch_of(worker).phi));
+            });
+            features_.shift_keys_by(*std::max_element(highest.begin(), highest.end()));
         }
     }
 
