@@ -5,6 +5,9 @@
 
 #include <doctest/doctest.h>
 
+#include <memory>
+#include <stdexcept>
+
 using namespace polyattn;
 
 namespace {
@@ -65,6 +68,33 @@ struct SentenceBias {
     double operator()(index_t, index_t, index_t query, index_t key) const { return query / sentence == key / sentence ? 0 : -penalty; }
 };
 
+/// Policies of one's own that fail on demand.
+struct FailingBias {
+    using policy_kind = bias_kind;
+    std::shared_ptr<bool> fails = std::make_shared<bool>(false);
+    double operator()(index_t, index_t, index_t query, index_t) const {
+        if (*fails && query == 30) throw std::runtime_error("no bias");
+        return 0;
+    }
+};
+struct FailingPairs {
+    using policy_kind = compression_kind;
+    static constexpr bool is_linear = true;
+    std::shared_ptr<bool> fails = std::make_shared<bool>(false);
+    index_t landmarks(index_t tokens) const { return (tokens + 1) / 2; }
+    template <class T>
+    void compress(MatrixView<const T> x, Compressed what, MatrixView<T> y) const {
+        if (*fails && what == Compressed::values) throw std::runtime_error("no landmarks");
+        for (index_t i = 0; i < y.rows; ++i)
+            for (index_t c = 0; c < y.cols; ++c) y(i, c) = x(2 * i, c);
+    }
+    template <class T>
+    void compress_adjoint(MatrixView<const T>, Compressed, MatrixView<const T> d_y, MatrixView<T> d_x, std::span<double>) const {
+        for (index_t i = 0; i < d_y.rows; ++i)
+            for (index_t c = 0; c < d_y.cols; ++c) d_x(2 * i, c) += d_y(i, c);
+    }
+};
+
 static_assert(SparsityPattern<PowersOfTwo> && DiffusionPolicy<Averaged> && SamplerPolicy<HalfOfTheKeys> && BiasPolicy<SentenceBias> && !LearnedBias<SentenceBias>);
 
 template <class A, class B>
@@ -109,6 +139,30 @@ TEST_CASE("a diffusion whose number of hops is data: one hop is plain attention,
         return row;
     };
     check_same(Attention{Steps{}}(last_row(q), k, v), last_row(plain));
+}
+
+TEST_CASE("a policy that throws inside a forward pass: backward refuses what it left, and the next pass mends it") {
+    POLYATTN_RANDOM(random);
+    const auto x = random_tensor(random);
+    const auto check = [&](const auto& layer, bool& fails) {
+        auto [out, saved] = layer.forward(x, x, x);
+        const auto gradient = layer.backward(saved, x);
+        fails = true;
+        CHECK_THROWS_AS(layer.forward_into(out, saved, x, x, x), std::runtime_error);
+        try {
+            layer.backward(saved, x);
+            FAIL("nothing was thrown");
+        } catch (const invalid_input& error) {
+            CHECK(error.argument() == "saved");
+        }
+        fails = false;
+        layer.forward_into(out, saved, x, x, x);
+        check_same(layer.backward(saved, x).q, gradient.q);
+    };
+    const FailingBias bias;
+    check(Attention{bias}, *bias.fails);
+    const FailingPairs pairs;
+    check(Attention{pairs}, *pairs.fails);
 }
 
 TEST_CASE("samplers: the plan is the pattern's intersection with the draw, new for every draw, causal where the pattern is") {

@@ -18,6 +18,7 @@ class CompressedSaved : detail::MoveOnly {
     Tensor<T> keys_;                       // landmarks of the keys
     std::vector<Tensor<T>> values_, z_;    // landmarks of Z_k; Z_1 .. Z_K, the last is the output
     std::vector<Saved<T>> inner_;
+    bool finished_ = false;                // false of a pass that threw on the way
 };
 
 /// `Inner` is the layer of one hop on the landmarks.
@@ -102,6 +103,7 @@ public:
         const TensorView<const T> q = saved.inputs_.q(), k = saved.inputs_.k(), v = saved.inputs_.v(), d = ad.view();
         detail::require_shape(d, {q.extents[0], q.extents[1], q.extents[2], v.extents[3]}, q.rank, "d_out");
         const std::size_t hops = recursion_.hops.size();
+        detail::require(saved.finished_, "saved", "a forward pass", "none, or one that threw");
         detail::require(saved.inner_.size() == hops, "saved", [&] { return detail::text("a forward pass of this layer, with ", hops, " hops"); }, saved.inner_.size());
         const TensorView<T> vq = detail::memory_of(gradients.q), vk = detail::memory_of(gradients.k), vv = detail::memory_of(gradients.v);
         detail::require_shape(vq, q.extents, q.rank, "gradients.q");
@@ -291,8 +293,10 @@ private:
     void train(const TensorView<T>& out, CompressedSaved<T>& saved, const TensorView<const T>& q, const TensorView<const T>& k, const TensorView<const T>& v, const CallOptions& options,
                bool accumulate) const {
         check_call(out, q, k, v, options);  // throws before anything is changed
+        saved.finished_ = false;
         saved.inputs_.template keep<Q, K, V>(q, k, v);
         run(out, saved, saved.inputs_.q(), saved.inputs_.k(), saved.inputs_.v(), options, accumulate);
+        saved.finished_ = true;
     }
     template <class T>
     void check_call(const TensorView<T>& out, const TensorView<const T>& q, const TensorView<const T>& k, const TensorView<const T>& v, const CallOptions& options) const {

@@ -24,6 +24,7 @@ public:
         SavedInputs<T> inputs_;
         std::vector<index_t> lengths_;
         std::vector<typename Layer::template HeadSaved<T>> heads_;
+        bool finished_ = false;  // false of a pass that threw on the way
 
     public:
         /// Of head h of batch item b.
@@ -60,7 +61,7 @@ public:
         const Adapted<T> ad(d_out, "d_out");
         const TensorView<const T> q = saved.inputs_.q(), k = saved.inputs_.k(), v = saved.inputs_.v(), d = ad.view();
         static_assert(std::is_same_v<element_t<D>, T>, "polyattn: d_out must have the inputs' value type");
-        require(saved.heads_.size() == static_cast<std::size_t>(offset_t{q.batch()} * q.heads()) && q.dim() > 0, "saved", "a forward pass of this layer", "none");
+        require(saved.finished_, "saved", "a forward pass of this layer", "none, or one that threw");
         require_shape(d, {q.extents[0], q.extents[1], q.extents[2], v.extents[3]}, q.rank, "d_out");
         const TensorView<T> vq = memory_of(gradients.q), vk = memory_of(gradients.k), vv = memory_of(gradients.v);
         require_shape(vq, q.extents, q.rank, "gradients.q");
@@ -97,6 +98,7 @@ private:
     void train(const TensorView<T>& to, SavedOf<T>& saved, const TensorView<const T>& q, const TensorView<const T>& k, const TensorView<const T>& v, const CallOptions& options, bool accumulate) const {
         layer().check(q, k, v, options);  // throws before anything is changed
         require_shape(to, {q.extents[0], q.extents[1], q.extents[2], v.extents[3]}, q.rank, "out");
+        saved.finished_ = false;
         saved.inputs_.template keep<Q, K, V>(q, k, v);
         saved.lengths_ = options.key_lengths;
         const TensorView<const T> vq = saved.inputs_.q(), vk = saved.inputs_.k(), vv = saved.inputs_.v();
@@ -113,6 +115,7 @@ private:
                 layer().forward_head(h, rows(vq.head(b, h)), rows(vk.head(b, h / group)), rows(vv.head(b, h / group)), rows(own), saved.heads_[static_cast<std::size_t>(item)],
                                      workspaces[static_cast<std::size_t>(worker)]);
         });
+        saved.finished_ = true;
     }
 };
 
