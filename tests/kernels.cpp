@@ -1,10 +1,6 @@
 // SIMD kernels against the double-precision reference, within derived bounds and an estimated allowance for flushed weights. Built once for each architecture and once under
 // -Ofast: everything here must hold for all of them.
-#include "support/layers.hpp"
-
-#include <polyattn/policy/bias/bias.hpp>
-
-#include <functional>
+#include "support/biases.hpp"
 
 using Tested = Fast;
 
@@ -16,45 +12,18 @@ using polyattn::index_t;
 constexpr index_t sizes[] = {0, 1, 2, 7, 15, 16, 17, 31, 33, 61};
 constexpr index_t dims[] = {1, 3, 4, 8, 15, 16, 17, 40, 64};
 
-/// Every functor as one type.
-using AnyBias = polyattn::FunctionBias<std::function<double(index_t, index_t, index_t, index_t)>>;
-
 }  // namespace
 
 #include "support/softmax_table.hpp"
 
-TEST_CASE("biases") {
+TEST_CASE("biases: by distance and by a function") {  // the other kinds: biases.cpp
     POLYATTN_RANDOM(random);
-    // Kinds of biases take turns with kinds of numbers: each pair is a kernel to compile.
-    const auto check = [&]<class T, class Bias>(T, const Bias& bias, const char* name) {
-        for (const index_t n : {1, 19, 40})
-            for (const std::size_t budget : {std::size_t{0}, std::size_t{1} << 28}) {
-                const Recursion recursion = PPR<2>{}.recursion();
-                Case c{name, LocalGlobalRandom{.window = 8, .globals = 3, .randoms = 3, .seed = random.seed()}.plan(n, n), recursion, 8, 8, 2, 2, 2};
-                if (n == 40) c.options.key_lengths = {33, 40};
-                c.options.weight_budget = budget;
-                check_case<T>(c, random, true, Attention<AnyDiffusion, Bias>{AnyDiffusion{recursion}, bias}, Attention<AnyDiffusion, Bias, Reference>{AnyDiffusion{recursion}, bias});
-            }
-    };
     // By the table of distances: whole groups, listed rows and keys, edges, and other numbers of queries than keys.
     for (const Plan& plan : {Dense{}.plan(70, 70), Dense{}.plan(40, 75), Causal{}.plan(33, 60), SlidingWindow{.window = 30}.plan(100, 100), Strided{.stride = 7}.plan(64, 64),
-                             GlobalTokens{.tokens = {1, 20, 40, 65}}.plan(66, 66), RandomTokens{.count = 9, .seed = random.seed()}.plan(50, 50)}) {
-        Case c{"Alibi by distances", plan, NoDiffusion{}.recursion(), 8, 8, 2, 2, 2};
-        check_case<float>(c, random, true, Attention<AnyDiffusion, Alibi>{AnyDiffusion{c.recursion}, Alibi(2)}, Attention<AnyDiffusion, Alibi, Reference>{AnyDiffusion{c.recursion}, Alibi(2)});
-    }
-    check(float{}, Alibi(2), "Alibi");
-    RelativePosition table{.heads = 2, .reach = 4, .table = std::vector<double>(18)};
-    for (double& entry : table.table) entry = random.normal();
-    check(double{}, table, "RelativePosition");
-    RelativePosition2D picture{.heads = 2, .width = 6, .reach = 2, .table = std::vector<double>(50)};
-    for (double& entry : picture.table) entry = random.normal();
-    check(double{}, picture, "RelativePosition2D");
-    TableBias rows{[](index_t batch, index_t query, index_t key) { return (batch + 2 * query + key) % 4; }, 2, std::vector<double>(8)};
-    for (double& entry : rows.table) entry = random.normal();
-    check(float{}, rows, "TableBias");
-    const AnyBias function{[](index_t, index_t head, index_t query, index_t key) { return (query + 2 * key + head) % 5 - 2.; }};
-    check(float{}, function, "FunctionBias");
-    check(double{}, function, "FunctionBias");
+                             GlobalTokens{.tokens = {1, 20, 40, 65}}.plan(66, 66), RandomTokens{.count = 9, .seed = random.seed()}.plan(50, 50)})
+        check_bias<float>(Case{"Alibi by distances", plan, NoDiffusion{}.recursion(), 8, 8, 2, 2, 2}, random, Alibi(2));
+    check_bias<float>("Alibi", random, Alibi(2));
+    check_bias<float>("FunctionBias", random, AnyBias{[](index_t, index_t head, index_t query, index_t key) { return (query + 2 * key + head) % 5 - 2.; }});
 }
 
 TEST_CASE("scores that rise and fall by 100 nats from tile to tile") {
@@ -64,9 +33,9 @@ TEST_CASE("scores that rise and fall by 100 nats from tile to tile") {
         const AnyBias bias{[slope](index_t, index_t, index_t, index_t key) { return slope * key; }};
         for (const Plan& plan : {Dense{}.plan(n, n), SlidingWindow{.window = 60}.plan(n, n), LocalGlobalRandom{.window = 20, .globals = 5, .randoms = 5}.plan(n, n)}) {
             Case c{"rising", plan, NoDiffusion{}.recursion(), 8, 8};
-            check_case<float>(c, random, true, Attention<AnyDiffusion, AnyBias>{AnyDiffusion{c.recursion}, bias}, Attention<AnyDiffusion, AnyBias, Reference>{AnyDiffusion{c.recursion}, bias});
+            check_bias<float>(c, random, bias);
             c.recursion = PPR<2>{}.recursion();
-            check_case<float>(c, random, true, Attention<AnyDiffusion, AnyBias>{AnyDiffusion{c.recursion}, bias}, Attention<AnyDiffusion, AnyBias, Reference>{AnyDiffusion{c.recursion}, bias});
+            check_bias<float>(c, random, bias);
         }
     }
 }
@@ -80,7 +49,7 @@ TEST_CASE("queries that see nothing of the first tiles, far below the others' re
     for (const double level : {-300., 300.}) {
         const AnyBias bias{[level](index_t, index_t, index_t query, index_t) { return query % 2 ? level : 0.; }};
         Case c{"late queries", PlanBuilder(builder).build(), PPR<2>{}.recursion(), 8, 8};
-        check_case<float>(c, random, true, Attention<AnyDiffusion, AnyBias>{AnyDiffusion{c.recursion}, bias}, Attention<AnyDiffusion, AnyBias, Reference>{AnyDiffusion{c.recursion}, bias});
+        check_bias<float>(c, random, bias);
     }
 }
 
