@@ -98,6 +98,26 @@ struct Gradients {
     std::vector<double> compression = {};
 };
 
+namespace detail {
+
+/// Where gradients go.
+template <class T>
+struct GradientViews {
+    TensorView<T> q, k, v;
+};
+/// Throws invalid_input unless d_out has the output's shape and the gradients those of q, k and v.
+template <class T, class TensorType>
+GradientViews<T> views_of(Gradients<TensorType>& gradients, const TensorView<const T>& d_out, const TensorView<const T>& q, const TensorView<const T>& k, const TensorView<const T>& v) {
+    require_shape(d_out, {q.extents[0], q.extents[1], q.extents[2], v.extents[3]}, q.rank, "d_out");
+    const GradientViews<T> to{memory_of(gradients.q), memory_of(gradients.k), memory_of(gradients.v)};
+    require_shape(to.q, q.extents, q.rank, "gradients.q");
+    require_shape(to.k, k.extents, k.rank, "gradients.k");
+    require_shape(to.v, v.extents, v.rank, "gradients.v");
+    return to;
+}
+
+}  // namespace detail
+
 template <class TensorType, class T, class SavedType = Saved<T>>
 struct Forward {
     TensorType out;
@@ -210,18 +230,14 @@ public:
         static_assert(std::is_same_v<detail::element_t<D>, T>, "polyattn: d_out must have the inputs' value type");
         static_assert(std::is_same_v<decltype(detail::memory_of(gradients.q)), TensorView<T>>, "polyattn: gradients must have the inputs' value type");
         const detail::Adapted<T> ad(d_out, "d_out");
-        const TensorView<const T> q = saved.q(), k = saved.k(), v = saved.v(), d = ad.view();
-        detail::require_shape(d, {q.extents[0], q.extents[1], q.extents[2], v.extents[3]}, q.rank, "d_out");
         detail::require(saved.hop_count_ != Saved<T>::unfinished, "saved", "a forward pass", "one that threw");
         detail::require(saved.hop_count_ == recursion_.hops.size(), "saved", [&] { return detail::text("a forward pass of this layer, with ", recursion_.hops.size(), " hops"); },
                         saved.hop_count_);
+        const TensorView<const T> q = saved.q(), k = saved.k(), v = saved.v(), d = ad.view();
         const std::size_t heads_of_all = static_cast<std::size_t>(offset_t{q.batch()} * q.heads());
         detail::require(saved.states_.size() == heads_of_all * static_cast<std::size_t>(state_size<T>(q.dim(), v.dim())), "saved", "a forward pass of this layer", "another's");
         if constexpr (requires { bias_.check_heads(q.heads()); }) bias_.check_heads(q.heads());
-        const TensorView<T> vq = detail::memory_of(gradients.q), vk = detail::memory_of(gradients.k), vv = detail::memory_of(gradients.v);
-        detail::require_shape(vq, q.extents, q.rank, "gradients.q");
-        detail::require_shape(vk, k.extents, k.rank, "gradients.k");
-        detail::require_shape(vv, v.extents, v.rank, "gradients.v");
+        const detail::GradientViews<T> into = detail::views_of(gradients, d, q, k, v);
         const auto bound = bind_items(q, k, saved.options_);
         std::vector<double>& d_bias = gradients.bias;
         d_bias.clear();
@@ -232,7 +248,7 @@ public:
         const index_t group = k.heads() == 0 ? 0 : q.heads() / k.heads();
         const offset_t items = offset_t{k.batch()} * k.heads();
         if (group == 0)  // no head of q writes them
-            for (const TensorView<T>& view : {vk, vv}) detail::fill_with_zeros(view);
+            for (const TensorView<T>& view : {into.k, into.v}) detail::fill_with_zeros(view);
         // Each run of items adds to a bias gradient of its own, and these are added in order: the order never depends on threads.
         const offset_t runs = d_bias.empty() ? items : std::min<offset_t>(items, 16);
         std::vector<double> bias_parts(static_cast<std::size_t>(runs) * d_bias.size(), 0.);
@@ -251,10 +267,10 @@ public:
                     if (const offset_t after = query_item + 1 < first_of(run + 1) ? query_item + 1 : first_of(run + in_turn); after < items * group) {
                         const auto [nb, nh, nk] = head_at(after, k.heads(), group);
                         head.next = next = {q.head(nb, nh), k.head(nb, nk), v.head(nb, nk), d.head(nb, nh), MatrixView<const T>{hops_of(nb, nh), static_cast<index_t>(hop_rows), v.dim(), v.dim(), 1},
-                                            vq.head(nb, nh), vk.head(nb, nk), vv.head(nb, nk)};
+                                            into.q.head(nb, nh), into.k.head(nb, nk), into.v.head(nb, nk)};
                     }
                 detail::HeadGradient<T> gradient{d.head(b, h), saved.logsumexp_.data() + line * q.tokens(), hops_of(b, h), saved.states_.data() + line * state_size<T>(q.dim(), v.dim()),
-                                                 vq.head(b, h), vk.head(b, kh), vv.head(b, kh), h % group != 0,
+                                                 into.q.head(b, h), into.k.head(b, kh), into.v.head(b, kh), h % group != 0,
                                                  std::span<double>(bias_parts).subspan(static_cast<std::size_t>(run) * d_bias.size(), d_bias.size())};
                 detail::Workers scratch = workers.nested();
                 if constexpr (std::is_same_v<Backend, Reference>) detail::reference::backward(head, gradient, scratch);

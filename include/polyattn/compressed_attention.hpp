@@ -100,16 +100,12 @@ public:
     void backward_into(Gradients<TensorType>& gradients, const CompressedSaved<T>& saved, const D& d_out, const CallOptions& options = {}) const {
         static_assert(std::is_same_v<detail::element_t<D>, T>, "polyattn: d_out must have the inputs' value type");
         const detail::Adapted<T> ad(d_out, "d_out");
-        const TensorView<const T> q = saved.inputs_.q(), k = saved.inputs_.k(), v = saved.inputs_.v(), d = ad.view();
-        detail::require_shape(d, {q.extents[0], q.extents[1], q.extents[2], v.extents[3]}, q.rank, "d_out");
         const std::size_t hops = recursion_.hops.size();
         detail::require(saved.finished_, "saved", "a forward pass", "none, or one that threw");
         detail::require(saved.inner_.size() == hops, "saved", [&] { return detail::text("a forward pass of this layer, with ", hops, " hops"); }, saved.inner_.size());
-        const TensorView<T> vq = detail::memory_of(gradients.q), vk = detail::memory_of(gradients.k), vv = detail::memory_of(gradients.v);
-        detail::require_shape(vq, q.extents, q.rank, "gradients.q");
-        detail::require_shape(vk, k.extents, k.rank, "gradients.k");
-        detail::require_shape(vv, v.extents, v.rank, "gradients.v");
-        for (const TensorView<T>& view : {vq, vk, vv}) detail::fill_with_zeros(view);
+        const TensorView<const T> q = saved.inputs_.q(), k = saved.inputs_.k(), v = saved.inputs_.v(), d = ad.view();
+        const detail::GradientViews<T> into = detail::views_of(gradients, d, q, k, v);
+        for (const TensorView<T>& view : {into.q, into.k, into.v}) detail::fill_with_zeros(view);
         gradients.bias.clear();
         gradients.compression.assign(table_size(), 0.);
         Workspace own_workspace;
@@ -134,15 +130,15 @@ public:
                     const bool alive = is_alive(saved.inner_[step], b, h, heads, i, n);
                     if (mask.drops_values()) drop(mask, step, i, own.row(i), e);
                     if (!alive) std::fill_n(own.row(i), e, T(0));
-                    else if (hop.teleport != 0) detail::add_row_to<T>(own, i, static_cast<T>(hop.teleport), vv.head(b, kh), i);
+                    else if (hop.teleport != 0) detail::add_row_to<T>(own, i, static_cast<T>(hop.teleport), into.v.head(b, kh), i);
                     for (index_t c = 0; c < e; ++c) own(i, c) *= static_cast<T>(hop.walk);
                 }
             });
             auto inner = inner_.backward(saved.inner_[step], std::as_const(g).view(), {.workspace = &workspace});
-            add(inner.q, vq);
+            add(inner.q, into.q);
             for (std::size_t at = 0; at < d_keys.values.size(); ++at) d_keys.values[at] += inner.k.values[at];
             if (step == 0) {
-                adjoint(saved, k, v, Compressed::values, inner.v, vv, static_cast<T>(recursion_.start), gradients.compression, used, workspace);
+                adjoint(saved, k, v, Compressed::values, inner.v, into.v, static_cast<T>(recursion_.start), gradients.compression, used, workspace);
                 break;
             }
             std::fill(g.values.begin(), g.values.end(), T(0));
@@ -150,9 +146,9 @@ public:
         }
         if (hops == 0)
             for_each_key_head(batch, k.heads(), heads, [&](index_t b, index_t h, index_t kh) {
-                for (index_t i = 0; i < n; ++i) detail::add_row_to<T>(g.view().head(b, h), i, static_cast<T>(recursion_.start), vv.head(b, kh), i);
+                for (index_t i = 0; i < n; ++i) detail::add_row_to<T>(g.view().head(b, h), i, static_cast<T>(recursion_.start), into.v.head(b, kh), i);
             });
-        else adjoint(saved, k, k, Compressed::keys, d_keys, vk, T(1), gradients.compression, used, workspace);
+        else adjoint(saved, k, k, Compressed::keys, d_keys, into.k, T(1), gradients.compression, used, workspace);
     }
 
     /// Does all the checks of operator(). Throws invalid_input.

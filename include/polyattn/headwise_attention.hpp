@@ -62,11 +62,7 @@ public:
         const TensorView<const T> q = saved.inputs_.q(), k = saved.inputs_.k(), v = saved.inputs_.v(), d = ad.view();
         static_assert(std::is_same_v<element_t<D>, T>, "polyattn: d_out must have the inputs' value type");
         require(saved.finished_, "saved", "a forward pass of this layer", "none, or one that threw");
-        require_shape(d, {q.extents[0], q.extents[1], q.extents[2], v.extents[3]}, q.rank, "d_out");
-        const TensorView<T> vq = memory_of(gradients.q), vk = memory_of(gradients.k), vv = memory_of(gradients.v);
-        require_shape(vq, q.extents, q.rank, "gradients.q");
-        require_shape(vk, k.extents, k.rank, "gradients.k");
-        require_shape(vv, v.extents, v.rank, "gradients.v");
+        const GradientViews<T> into = views_of(gradients, d, q, k, v);
         const index_t heads = q.heads(), group = heads / k.heads(), n = q.tokens();
         const std::size_t learned = layer().learned();
         gradients.bias.clear();
@@ -77,11 +73,11 @@ public:
             const auto b = static_cast<index_t>(item / k.heads()), kh = static_cast<index_t>(item % k.heads());
             const index_t valid = valid_tokens(saved.lengths_, b, n);
             const auto rows = [&](auto matrix) { return row_range(matrix, 0, valid); };
-            const MatrixView<T> d_k = vk.head(b, kh), d_v = vv.head(b, kh);
+            const MatrixView<T> d_k = into.k.head(b, kh), d_v = into.v.head(b, kh);
             fill_with_zeros(d_k);
             fill_with_zeros(d_v);
             for (index_t h = kh * group; h < (kh + 1) * group; ++h) {
-                const MatrixView<T> d_q = vq.head(b, h);
+                const MatrixView<T> d_q = into.q.head(b, h);
                 fill_with_zeros(d_q);
                 if (valid > 0)
                     layer().backward_head(h, rows(q.head(b, h)), rows(k.head(b, kh)), rows(v.head(b, kh)), rows(d.head(b, h)), saved.head(b, h), rows(d_q), rows(d_k), rows(d_v),

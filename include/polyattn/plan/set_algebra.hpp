@@ -81,51 +81,70 @@ inline Tile intersect(const Tile& a, const Tile& b) {
     return out;
 }
 
-/// What is left of a tile when another's pairs are taken away: tiles, and pairs where it has no tile form.
-inline void subtract(const Tile& tile, const Tile& minus, std::vector<Tile>& out, std::vector<Pair>& pairs) {
-    const auto keep = [&](Tile&& part) {
-        if (part.has_any()) out.push_back(std::move(part));
-    };
-    const auto bounds_of_minus = [&](index_t row) {
-        const index_t at = minus.rows.find(row);
-        return at < 0 ? Bounds{} : minus.row_bounds(at);
-    };
-    if (!minus.keys.is_list()) {
-        // A contiguous range splits a row into what lies before and behind it.
-        Tile before = tile, behind = tile;
-        before.bounds.clear();
-        behind.bounds.clear();
-        for (index_t r = 0; r < tile.rows.size(); ++r) {
-            const Bounds own = tile.row_bounds(r);
-            const Bounds taken = key_range(minus, bounds_of_minus(tile.rows[r]));
-            const Bounds hole = taken.empty() ? Bounds{own.end, own.end} : positions(tile.keys, taken.begin, taken.end);
-            before.bounds.push_back({own.begin, std::clamp(hole.begin, own.begin, std::max(own.begin, own.end))});
-            behind.bounds.push_back({std::clamp(hole.end, own.begin, std::max(own.begin, own.end)), own.end});
-        }
-        keep(std::move(before));
-        keep(std::move(behind));
-        if (!minus.excluded.empty()) {  // the keys that `minus` leaves out inside its ranges stay
-            Tile holes{common_rows(tile.rows, minus.rows), IndexSequence::list(minus.excluded), {}, {}};
-            for (index_t r = 0; r < holes.rows.size(); ++r) {
-                const Bounds range = key_range(minus, bounds_of_minus(holes.rows[r]));
-                holes.bounds.push_back(range.empty() ? Bounds{} : positions(holes.keys, range.begin, range.end));
-            }
-            keep(intersect(tile, holes));
-        }
-        return;
+inline void keep_if_any(Tile&& part, std::vector<Tile>& out) {
+    if (part.has_any()) out.push_back(std::move(part));
+}
+/// Bounds of a row of the plan in a tile; none if the tile has no such row.
+inline Bounds bounds_of_row(const Tile& tile, index_t row) {
+    const index_t at = tile.rows.find(row);
+    return at < 0 ? Bounds{} : tile.row_bounds(at);
+}
+
+/// subtract() of a contiguous range: it splits a row into what lies before and behind it, and the keys that `minus` leaves out inside its range stay.
+inline void subtract_range(const Tile& tile, const Tile& minus, std::vector<Tile>& out) {
+    Tile before = tile, behind = tile;
+    before.bounds.clear();
+    behind.bounds.clear();
+    for (index_t r = 0; r < tile.rows.size(); ++r) {
+        const Bounds own = tile.row_bounds(r);
+        const Bounds taken = key_range(minus, bounds_of_row(minus, tile.rows[r]));
+        const Bounds hole = taken.empty() ? Bounds{own.end, own.end} : positions(tile.keys, taken.begin, taken.end);
+        before.bounds.push_back({own.begin, std::clamp(hole.begin, own.begin, std::max(own.begin, own.end))});
+        behind.bounds.push_back({std::clamp(hole.end, own.begin, std::max(own.begin, own.end)), own.end});
     }
-    // A list of keys. Rows of which it takes all of the list's keys in reach exclude them, rows of which it takes none keep
-    // theirs; a row in between becomes pairs.
+    keep_if_any(std::move(before), out);
+    keep_if_any(std::move(behind), out);
+    if (minus.excluded.empty()) return;
+    Tile holes{common_rows(tile.rows, minus.rows), IndexSequence::list(minus.excluded), {}, {}};
+    for (index_t r = 0; r < holes.rows.size(); ++r) {
+        const Bounds range = key_range(minus, bounds_of_row(minus, holes.rows[r]));
+        holes.bounds.push_back(range.empty() ? Bounds{} : positions(holes.keys, range.begin, range.end));
+    }
+    keep_if_any(intersect(tile, holes), out);
+}
+
+/// The tile without a list of its keys, in the same rows.
+inline Tile without_keys(Tile tile, const std::vector<index_t>& keys) {
+    if (!tile.keys.is_list()) {
+        std::vector<index_t> excluded;
+        std::set_union(tile.excluded.begin(), tile.excluded.end(), keys.begin(), keys.end(), std::back_inserter(excluded));
+        tile.excluded = std::move(excluded);
+        return tile;
+    }
+    std::vector<index_t> left;
+    std::set_difference(tile.keys.elements().begin(), tile.keys.elements().end(), keys.begin(), keys.end(), std::back_inserter(left));
+    const IndexSequence rest = IndexSequence::list(std::move(left));
+    for (Bounds& bounds : tile.bounds) {
+        const Bounds range = key_range(tile, bounds);
+        bounds = range.empty() ? Bounds{} : positions(rest, range.begin, range.end);
+    }
+    tile.keys = rest;
+    return tile;
+}
+
+/// subtract() of a list of keys: rows of which it takes all of the list's keys in reach exclude them, rows of which it takes none keep theirs; a row in between becomes pairs.
+inline void subtract_list(const Tile& tile, const Tile& minus, std::vector<Tile>& out, std::vector<Pair>& pairs) {
     std::vector<index_t> reachable;
     for (const index_t key : minus.keys.elements())
         if (tile.keys.find(key) >= 0 && !std::binary_search(tile.excluded.begin(), tile.excluded.end(), key)) reachable.push_back(key);
     const IndexSequence listed = IndexSequence::list(reachable);
-    Tile covered{tile.rows, tile.keys, {}, tile.excluded}, untouched = tile;
+    Tile covered = tile, untouched = tile;
+    covered.bounds.clear();
     untouched.bounds.clear();
     for (index_t r = 0; r < tile.rows.size(); ++r) {
         const Bounds own = tile.row_bounds(r);
         const Bounds in_reach = own.empty() ? Bounds{} : positions(listed, key_range(tile, own).begin, key_range(tile, own).end);
-        const Bounds taken_keys = key_range(minus, bounds_of_minus(tile.rows[r]));
+        const Bounds taken_keys = key_range(minus, bounds_of_row(minus, tile.rows[r]));
         const Bounds taken = taken_keys.empty() ? Bounds{} : overlap(in_reach, positions(listed, taken_keys.begin, taken_keys.end));
         const bool all = taken.size() == in_reach.size(), none = taken.empty();
         covered.bounds.push_back(all ? own : Bounds{});
@@ -136,22 +155,14 @@ inline void subtract(const Tile& tile, const Tile& minus, std::vector<Tile>& out
                 if (position < taken.begin || position >= taken.end) pairs.push_back({tile.rows[r], key});
             });
     }
-    if (tile.keys.is_list()) {
-        std::vector<index_t> left;
-        std::set_difference(tile.keys.elements().begin(), tile.keys.elements().end(), reachable.begin(), reachable.end(),
-                            std::back_inserter(left));
-        const IndexSequence rest = IndexSequence::list(std::move(left));
-        for (Bounds& bounds : covered.bounds) {
-            const Bounds range = key_range(tile, bounds);
-            bounds = range.empty() ? Bounds{} : positions(rest, range.begin, range.end);
-        }
-        covered.keys = rest;
-    } else {
-        covered.excluded.clear();
-        std::set_union(tile.excluded.begin(), tile.excluded.end(), reachable.begin(), reachable.end(), std::back_inserter(covered.excluded));
-    }
-    keep(std::move(covered));
-    keep(std::move(untouched));
+    keep_if_any(without_keys(std::move(covered), reachable), out);
+    keep_if_any(std::move(untouched), out);
+}
+
+/// What is left of a tile when another's pairs are taken away: tiles, and pairs where it has no tile form.
+inline void subtract(const Tile& tile, const Tile& minus, std::vector<Tile>& out, std::vector<Pair>& pairs) {
+    if (minus.keys.is_list()) subtract_list(tile, minus, out, pairs);
+    else subtract_range(tile, minus, out);
 }
 
 /// Tiles of a plan that share a row with `tile`, ascending.
