@@ -116,12 +116,8 @@ public:
     template <class A, class T>
     void mark(Rows<T> rows, index_t count, index_t columns, Arena& arena) {
         if (marks_.size() < static_cast<std::size_t>(count)) marks_ = arena.take<std::uint8_t>(count);
-        any_ = false;
-        for (index_t i = 0; i < count; ++i) {
-            const bool found = has_non_finite<T, A>(rows.row(i), columns);
-            marks_[static_cast<std::size_t>(i)] = found;
-            any_ |= found;
-        }
+        parallel_rows(count, [&](index_t i) { marks_[static_cast<std::size_t>(i)] = has_non_finite<T, A>(rows.row(i), columns); });
+        any_ = std::any_of(marks_.begin(), marks_.begin() + count, [](std::uint8_t mark) { return mark != 0; });
     }
     bool any() const { return any_; }
     bool operator[](index_t row) const { return any_ && marks_[static_cast<std::size_t>(row)] != 0; }

@@ -162,36 +162,10 @@ public:
     void weights_gradient(std::span<const WeightGradientTerm<T>> terms, std::span<const T> row_means, const HeadGradient<T>& gradient, T* d_v) {
         Arena& arena = workers_[0];
         const Rows<T> q = readable_rows(head_.q, true, Tiles::lanes, arena), k = head_.k.cols == dim_ ? this->k_ : readable_rows(head_.k, true, Tiles::lanes, arena, this->reads_often());
-        const index_t value_dim = head_.v.cols;
         const T scale = static_cast<T>(head_.scale);
-        NonFiniteRows bad_queries, bad_terms;
-        bool careful = false, clear_masked = false;  // 0 x NaN would leave a NaN where a row sees nothing
-        if (masked_) {
-            bad_queries.mark<A>(k, head_.k.rows, dim_, arena);
-            careful = bad_queries.any();
-            bad_queries.mark<A>(q, head_.q.rows, dim_, arena);
-            clear_masked = careful || bad_queries.any();
-            for (const T mean : row_means) clear_masked |= !is_finite(mean);
-            for (const auto& term : terms) {
-                bad_terms.mark<A>(term.z, head_.v.rows, columns_, arena);
-                clear_masked |= bad_terms.any();
-                NonFiniteRows& bad_g = d_v ? bad_x_ : bad_terms;  // with d_v there is one term, whose g is the x of A^T
-                bad_g.mark<A>(term.g, head_.q.rows, columns_, arena);
-                clear_masked |= bad_g.any();
-            }
-        }
-        const auto buffers = take_buffers(workers_, !stored_ || head_.dropout.drops_weights(), true);
-        for (int w = 0; w < workers_.count(); ++w) {
-            Buffers& own = buffers[static_cast<std::size_t>(w)];
-            Arena& from = workers_[w];
-            own.g = from.take<T>(static_cast<offset_t>(terms.size() * Schedule::most_groups) * value_dim * group_size).data();
-            own.queries = from.take<T>(static_cast<offset_t>(Schedule::most_groups) * dim_ * group_size).data();
-            own.d_query = from.take<T>(static_cast<offset_t>(Schedule::most_groups) * dim_ * group_size).data();
-            own.means = from.take<T>(static_cast<offset_t>(Schedule::most_groups) * group_size).data();
-            own.z = from.take<GatheredRows<T>>(static_cast<offset_t>(terms.size()));
-            for (auto& rows : own.z) (rows = {}).prepare(schedule_.list_capacity(), value_dim, from);
-            own.k.prepare(schedule_.list_capacity(), dim_, from);
-        }
+        const std::size_t query_size = static_cast<std::size_t>(dim_) * group_size;
+        const NonFinite bad = masked_ ? find_non_finite(terms, row_means, q, k, d_v != nullptr) : NonFinite{};
+        const auto buffers = take_gradient_buffers(terms.size());
         const std::size_t bias_size = gradient.bias_gradient.size();
         const auto bias_parts = arena.take<double>(static_cast<offset_t>(bias_size) * schedule_.chunks());
         std::fill(bias_parts.begin(), bias_parts.end(), 0.);
@@ -211,13 +185,11 @@ public:
             for (const Unit& unit : schedule_.chunk(static_cast<int>(chunk))) {
                 const bool read = stored_ && !head_.dropout.drops_weights();
                 if (!read) this->start_final(unit, scratch);
-                const std::size_t query_size = static_cast<std::size_t>(dim_) * group_size, term_size = static_cast<std::size_t>(value_dim) * group_size;
                 bool started[Schedule::most_groups] = {};
                 for (std::size_t slot = 0; slot < unit.groups(); ++slot) {
                     const Group& group = group_of(unit, slot);
-                    for (std::size_t lane = 0; lane < group_size; ++lane) own.means[slot * group_size + lane] = row_means[static_cast<std::size_t>(group.rows[lane])];
-                    for (std::size_t t = 0; t < terms.size(); ++t) pack_rows<T, A>(group.rows, terms[t].g, value_dim, T(1), own.g + (slot * terms.size() + t) * term_size);
-                    pack_lanes(group, q, scale, dim_, own.queries + slot * query_size, bad_queries);
+                    pack_group(group, terms, row_means, own, slot);
+                    pack_lanes(group, q, scale, dim_, own.queries + slot * query_size, bad.queries);
                     if (d_v) pack_lanes(group, terms[0].g, T(1), columns_, this->out_of(scratch, slot), bad_x_);
                 }
                 for_each_shared_block(unit, own, [&](std::span<const UnitBlock> blocks, Bounds range) {
@@ -227,14 +199,14 @@ public:
                     for (const UnitBlock& at : blocks) {
                         const Group& group = group_of(unit, at.slot);
                         if (head_.dropout.drops_weights()) drop_gradients(at, group, own.means + at.slot * group_size);
-                        if (clear_masked && at.block.masked) clear_unseen(at.block, at.d_scores);
+                        if (bad.clears && at.block.masked) clear_unseen(at.block, at.d_scores);
                         if constexpr (LearnedBias<Bias>) accumulate_bias(at.block, group, at.d_scores, bias_part);
                     }
                     if (v_sums) add_transposed(unit, blocks, range, &UnitBlock::weights, terms[0].g, T(1), columns_, scratch.out, bad_x_, *v_sums, chunk, worker);
-                    add_transposed(unit, blocks, range, &UnitBlock::d_scores, q, scale, dim_, own.queries, bad_queries, k_sums, chunk, worker);
+                    add_transposed(unit, blocks, range, &UnitBlock::d_scores, q, scale, dim_, own.queries, bad.queries, k_sums, chunk, worker);
                     for (const UnitBlock& at : blocks) {
                         const Rows<T> keys = own.k.get(at.block.tile->keys, at.piece->list_slot, k);
-                        weighted_sum_block<T, A>(at.block, at.d_scores, {keys.row(at.block.first), keys.stride}, dim_, own.d_query + at.slot * query_size, started[at.slot], careful);
+                        weighted_sum_block<T, A>(at.block, at.d_scores, {keys.row(at.block.first), keys.stride}, dim_, own.d_query + at.slot * query_size, started[at.slot], bad.keys);
                         started[at.slot] = true;
                     }
                 });
@@ -275,6 +247,60 @@ private:
             if (d_scores) own.d_scores = workers[w].template take<T>(block_keys_ * group_size).data();
         }
         return buffers;
+    }
+
+    /// And what the gradient of the weights works on.
+    std::span<Buffers> take_gradient_buffers(std::size_t terms) {
+        const auto buffers = take_buffers(workers_, !stored_ || head_.dropout.drops_weights(), true);
+        const index_t value_dim = head_.v.cols;
+        for (int w = 0; w < workers_.count(); ++w) {
+            Buffers& own = buffers[static_cast<std::size_t>(w)];
+            Arena& from = workers_[w];
+            own.g = from.take<T>(static_cast<offset_t>(terms * Schedule::most_groups) * value_dim * group_size).data();
+            own.queries = from.take<T>(static_cast<offset_t>(Schedule::most_groups) * dim_ * group_size).data();
+            own.d_query = from.take<T>(static_cast<offset_t>(Schedule::most_groups) * dim_ * group_size).data();
+            own.means = from.take<T>(static_cast<offset_t>(Schedule::most_groups) * group_size).data();
+            own.z = from.take<GatheredRows<T>>(static_cast<offset_t>(terms));
+            for (auto& rows : own.z) (rows = {}).prepare(schedule_.list_capacity(), value_dim, from);
+            own.k.prepare(schedule_.list_capacity(), dim_, from);
+        }
+        return buffers;
+    }
+    /// Row means and dL/dA's factors of a group, side by side.
+    void pack_group(const Group& group, std::span<const WeightGradientTerm<T>> terms, std::span<const T> row_means, const Buffers& own, std::size_t slot) const {
+        const index_t value_dim = head_.v.cols;
+        for (std::size_t lane = 0; lane < group_size; ++lane) own.means[slot * group_size + lane] = row_means[static_cast<std::size_t>(group.rows[lane])];
+        T* to = own.g + slot * terms.size() * static_cast<std::size_t>(value_dim) * group_size;
+        for (const auto& term : terms) {
+            pack_rows<T, A>(group.rows, term.g, value_dim, T(1), to);
+            to += offset_t{value_dim} * group_size;
+        }
+    }
+
+    /// Rows that are not finite: 0 x NaN would leave a NaN where a row sees nothing.
+    struct NonFinite {
+        NonFiniteRows queries;
+        bool keys = false;    // there are some of k
+        bool clears = false;  // some of anything: gradients of scores that nothing sees are set to 0
+    };
+    /// Marks those of A^T's x as well, which is a term's g `with_values`.
+    NonFinite find_non_finite(std::span<const WeightGradientTerm<T>> terms, std::span<const T> row_means, Rows<T> q, Rows<T> k, bool with_values) {
+        Arena& arena = workers_[0];
+        NonFinite found;
+        NonFiniteRows bad_terms;
+        found.queries.template mark<A>(k, head_.k.rows, dim_, arena);
+        found.keys = found.queries.any();
+        found.queries.template mark<A>(q, head_.q.rows, dim_, arena);
+        found.clears = found.keys || found.queries.any();
+        for (const T mean : row_means) found.clears |= !is_finite(mean);
+        for (const auto& term : terms) {
+            bad_terms.mark<A>(term.z, head_.v.rows, columns_, arena);
+            found.clears |= bad_terms.any();
+            NonFiniteRows& bad_g = with_values ? bad_x_ : bad_terms;
+            bad_g.mark<A>(term.g, head_.q.rows, columns_, arena);
+            found.clears |= bad_g.any();
+        }
+        return found;
     }
 
     template <class F>
