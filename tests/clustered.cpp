@@ -207,6 +207,16 @@ TEST_CASE("the same bits for any number of threads, a NaN stays in its item") {
     CHECK(std::isnan(with_nan[item]));
 }
 
+TEST_CASE("what a pass was moved out of is no pass") {
+    POLYATTN_RANDOM(random);
+    const auto x = random.tensor<float>({1, 1, 20, 8});
+    const ClusteredAttention layer({.clusters = 4, .top = 4});
+    auto pass = layer.forward(x.view(), x.view(), x.view());
+    const auto kept = std::move(pass.saved);
+    CHECK_THROWS_AS(layer.backward(pass.saved, x.view()), invalid_input);
+    CHECK(layer.backward(kept, x.view()).q.values.size() == x.values.size());
+}
+
 TEST_CASE("in a model") {
     Workspace workspace;
     const std::vector<index_t> tokens = {1, 2, 3, 4, 5, 6, 7, 8, 9, 8, 7, 6};

@@ -194,3 +194,13 @@ TEST_CASE("errors name the argument") {
     const Tensor<float> x({1, 1, 6, 4}), y({1, 1, 5, 4});
     CHECK(argument([&] { Attention<SinkhornBlocks>{}(x.view(), y.view(), y.view()); }) == "SinkhornBlocks");
 }
+
+TEST_CASE("key heads that no query head reads") {
+    POLYATTN_RANDOM(random);
+    const Tensor<float> q({1, 0, 20, 8});
+    const auto k = random.tensor<float>({1, 1, 20, 8});
+    const Attention<LocalitySensitiveHashing> layer;
+    const auto [out, saved] = layer.forward(q.view(), k.view(), k.view());
+    const auto gradient = layer.backward(saved, out.view());
+    for (const float entry : gradient.k.values) CHECK(entry == 0);
+}

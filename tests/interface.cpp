@@ -209,13 +209,22 @@ TEST_CASE("a call with a plan, a workspace and tensors in place allocates nothin
         attention.into(result, queries, x, x, options);
         CHECK(allocation_count() == before);
     };
-    check(layer(), x, out);
-    check(Attention<Causal>{}, x, out);
-    check(Attention<Strided, PPR<2>>{}, x, out);
-    check(Attention<LocalGlobalRandom, Alibi>{LocalGlobalRandom{}, Alibi(2)}, x, out);
-    check(Attention{RelativePosition{.heads = 2, .reach = 1, .table = std::vector<double>(6)}}, x, out);
-    check(Attention{TableBias{[](index_t, index_t, index_t) { return 0; }, 2, std::vector<double>(2)}}, x, out);
-    check(Attention<>{}, one, row);
+    [[maybe_unused]] const int before = worker_count();
+    for ([[maybe_unused]] const int threads : {1, 2, 3, 8}) {  // two heads: side by side, one after the other, threads inside
+#if defined(_OPENMP)
+        omp_set_num_threads(threads);
+#endif
+        check(layer(), x, out);
+        check(Attention<Causal>{}, x, out);
+        check(Attention<Strided, PPR<2>>{}, x, out);
+        check(Attention<LocalGlobalRandom, Alibi>{LocalGlobalRandom{}, Alibi(2)}, x, out);
+        check(Attention{RelativePosition{.heads = 2, .reach = 1, .table = std::vector<double>(6)}}, x, out);
+        check(Attention{TableBias{[](index_t, index_t, index_t) { return 0; }, 2, std::vector<double>(2)}}, x, out);
+        check(Attention<>{}, one, row);
+    }
+#if defined(_OPENMP)
+    omp_set_num_threads(before);
+#endif
     CHECK(workspace.capacity() > 0);
 }
 

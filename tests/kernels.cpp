@@ -16,13 +16,14 @@ constexpr index_t dims[] = {1, 3, 4, 8, 15, 16, 17, 40, 64};
 
 #include "support/softmax_table.hpp"
 
-TEST_CASE("biases: by distance and by a function") {  // the other kinds: biases.cpp
+TEST_CASE("biases: by distance, learned and not, and by a function") {  // the other kinds: biases.cpp
     POLYATTN_RANDOM(random);
     // By the table of distances: whole groups, listed rows and keys, edges, and other numbers of queries than keys.
     for (const Plan& plan : {Dense{}.plan(70, 70), Dense{}.plan(40, 75), Causal{}.plan(33, 60), SlidingWindow{.window = 30}.plan(100, 100), Strided{.stride = 7}.plan(64, 64),
                              GlobalTokens{.tokens = {1, 20, 40, 65}}.plan(66, 66), RandomTokens{.count = 9, .seed = random.seed()}.plan(50, 50)})
         check_bias<float>(Case{"Alibi by distances", plan, NoDiffusion{}.recursion(), 8, 8, 2, 2, 2}, random, Alibi(2));
     check_bias<float>("Alibi", random, Alibi(2));
+    check_bias<double>("RelativePosition", random, RelativePosition{.heads = 2, .reach = 4, .table = random_table(random, 18)});
     check_bias<float>("FunctionBias", random, AnyBias{[](index_t, index_t head, index_t query, index_t key) { return (query + 2 * key + head) % 5 - 2.; }});
 }
 

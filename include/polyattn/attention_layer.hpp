@@ -246,7 +246,7 @@ public:
         Workspace own;
         Workspace& workspace = options.workspace ? *options.workspace : own;
         const index_t group = k.heads() == 0 ? 0 : q.heads() / k.heads();
-        const offset_t items = offset_t{k.batch()} * k.heads();
+        const offset_t items = group == 0 ? 0 : offset_t{k.batch()} * k.heads();
         if (group == 0)  // no head of q writes them
             for (const TensorView<T>& view : {into.k, into.v}) detail::fill_with_zeros(view);
         // Each run of items adds to a bias gradient of its own, and these are added in order: the order never depends on threads.
@@ -256,7 +256,11 @@ public:
         const auto hops_of = [&](index_t b, index_t h) { return saved.hops_.data() + (offset_t{b} * q.heads() + h) * hop_rows * v.dim(); };
         const auto first_of = [&](offset_t run) { return items * run / runs * group; };
         const offset_t in_turn = worker_count();
-        const auto work = [&] { return work_of_head<T>(q, k, v, saved.plan()).times(2.5 * static_cast<double>(items * group) / static_cast<double>(runs)); };
+        // A pass backwards takes two and a half times a pass forwards and meets as much more often.
+        const auto work = [&] {
+            return work_of_heads<T>(q, k, v, saved.options_.item_plans.empty(), [&](index_t b, index_t h) -> const Plan& { return saved.plan(b, h); })
+                .times(2.5 * static_cast<double>(items * group) / static_cast<double>(runs));
+        };
         for_each_item(runs, work, workspace, options.workspace != nullptr, [&](offset_t run, detail::Workers& workers) {
             for (offset_t query_item = first_of(run); query_item < first_of(run + 1); ++query_item) {
                 const auto [b, h, kh] = head_at(query_item, k.heads(), group);
@@ -382,19 +386,32 @@ private:
         const offset_t heads = offset_t{key_heads} * group;
         return {static_cast<index_t>(item / heads), static_cast<index_t>(item % heads), static_cast<index_t>(item % heads / group)};
     }
-    /// Work of the head of a call.
+    /// Work of a head with this plan.
     template <class T>
     detail::Work work_of_head(const TensorView<const T>& q, const TensorView<const T>& k, const TensorView<const T>& v, const Plan& plan) const {
         const double hops = static_cast<double>(std::max<std::size_t>(recursion_.hops.size(), 1)), e = v.dim();
         if constexpr (kernel) {
             const double flops = 4. * hops * feature_count(q.dim()) * e * (double(q.tokens()) + k.tokens());
-            return {flops, detail::is_causal<Pattern>() ? detail::Work::serial : hops};
-        } else return {2. * static_cast<double>(plan.count()) * (q.dim() + hops * e), hops * (plan.edges().count() > 0 ? 2 : 1)};
+            return {flops, is_reference || detail::is_causal<Pattern>() ? detail::Work::serial : hops};
+        } else {
+            const double flops = 2. * static_cast<double>(plan.count()) * (q.dim() + hops * e);
+            if constexpr (is_reference) return {flops, detail::Work::serial};
+            else return {flops, plan.template lowered<detail::simd::Schedule>().has_shared_rows() ? detail::Work::serial : hops * (plan.edges().count() > 0 ? 2 : 1)};
+        }
+    }
+    /// That of the largest head, which the others wait for; plan_of(b, h), where `same` of all.
+    template <class T, class PlanOf>
+    detail::Work work_of_heads(const TensorView<const T>& q, const TensorView<const T>& k, const TensorView<const T>& v, bool same, const PlanOf& plan_of) const {
+        detail::Work most{0, 0};
+        for (index_t b = 0; b < (same ? 1 : q.batch()); ++b)
+            for (index_t h = 0; h < (same ? 1 : q.heads()); ++h)
+                if (const detail::Work work = work_of_head(q, k, v, plan_of(b, h)); work.flops >= most.flops) most = work;
+        return most;
     }
 
     /// f(item, workers): items side by side, or, where they are fewer than threads, one after the other, with all threads inside or with one, if that is faster. `work()` is that of an item.
-    template <class Work, class F>
-    static void for_each_item(offset_t items, const Work& work, Workspace& workspace, bool reused, const F& f) {
+    template <class WorkOf, class F>
+    static void for_each_item(offset_t items, const WorkOf& work, Workspace& workspace, bool reused, const F& f) {
         const detail::FlushDenormals flush;  // of what the calling thread does itself, too
         const int threads = worker_count();
         workspace.prepare(threads);
@@ -412,7 +429,7 @@ private:
                 }
                 return;
             }
-            if (item_work.is_little(items)) {
+            if (items == 1 || item_work.is_little(items)) {
                 for (offset_t item = 0; item < items; ++item) alone(item, 0);
                 return;
             }
@@ -448,11 +465,17 @@ private:
         const index_t group = k.heads() == 0 ? 0 : q.heads() / k.heads();
         const offset_t states_of_head = states ? state_size<T>(q.dim(), v.dim()) : 0;
         const auto lines = static_cast<offset_t>(recursion_.hops.size()) * q.tokens() * v.dim();
-        const auto work = [&] { return work_of_head<T>(q, k, v, plans.of(q, 0, 0)); };
+        const auto plan_of = [&](index_t b, index_t h) -> const Plan& { return plans.of(q, b, h); };
         if constexpr (!std::is_same_v<Backend, Reference> && !kernel && detail::may_have_one_hop<Diffusion>())
             if (q.tokens() == 1 && group > 0 && q.batch() > 0 && plans.same_for_heads(q.batch()) && detail::simd::is_decoding(make_head<T>(q, k, v, plans.of(q, 0, 0), bound.of(0), options, 0, 0, 0))) {
                 // Heads that share keys read them once.
-                for_each_item(offset_t{k.batch()} * k.heads(), [&] { return work().times(group); }, workspace, options.workspace != nullptr, [&](offset_t item, detail::Workers& workers) {
+                // Reading keys and values takes as long as the arithmetic of some four heads.
+                const auto work = [&] {
+                    offset_t most = 0;
+                    for (index_t b = 0; b < q.batch(); ++b) most = std::max(most, plan_of(b, 0).count());
+                    return detail::Work{2. * static_cast<double>(most) * (q.dim() + v.dim()) * (group + 4), 1};
+                };
+                for_each_item(offset_t{k.batch()} * k.heads(), work, workspace, options.workspace != nullptr, [&](offset_t item, detail::Workers& workers) {
                     using Head = decltype(make_head<T>(q, k, v, plans.of(q, 0, 0), bound.of(0), options, 0, 0, 0));
                     const auto heads = workers[0].template take<Head>(group);
                     const auto results = workers[0].template take<detail::HeadResult<T>>(group);
@@ -468,7 +491,7 @@ private:
                 return;
             }
         const offset_t items = offset_t{q.batch()} * q.heads(), in_turn = worker_count();
-        for_each_item(items, work, workspace, options.workspace != nullptr, [&](offset_t item, detail::Workers& workers) {
+        for_each_item(items, [&] { return work_of_heads<T>(q, k, v, plans.items.empty(), plan_of); }, workspace, options.workspace != nullptr, [&](offset_t item, detail::Workers& workers) {
             const auto [b, h, kh] = head_at(item, k.heads(), group);
             auto head = make_head<T>(q, k, v, plans.of(q, b, h), bound.of(b), options, b, h, kh);
             std::array<MatrixView<const T>, 4> next;

@@ -61,7 +61,7 @@ public:
         const Adapted<T> ad(d_out, "d_out");
         const TensorView<const T> q = saved.inputs_.q(), k = saved.inputs_.k(), v = saved.inputs_.v(), d = ad.view();
         static_assert(std::is_same_v<element_t<D>, T>, "polyattn: d_out must have the inputs' value type");
-        require(saved.finished_, "saved", "a forward pass of this layer", "none, or one that threw");
+        require(saved.finished_ && saved.heads_.size() == static_cast<std::size_t>(offset_t{q.batch()} * q.heads()), "saved", "a forward pass of this layer", "none, or one that threw");
         const GradientViews<T> into = views_of(gradients, d, q, k, v);
         const index_t heads = q.heads(), group = heads / k.heads(), n = q.tokens();
         const std::size_t learned = layer().learned();

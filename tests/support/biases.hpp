@@ -7,9 +7,16 @@
 #include <polyattn/policy/bias/bias.hpp>
 
 #include <functional>
+#include <vector>
 
 /// Every functor as one type.
 using AnyBias = polyattn::FunctionBias<std::function<double(polyattn::index_t, polyattn::index_t, polyattn::index_t, polyattn::index_t)>>;
+
+inline std::vector<double> random_table(Random& random, std::size_t size) {
+    std::vector<double> table(size);
+    for (double& entry : table) entry = random.normal();
+    return table;
+}
 
 template <class T, class Bias>
 void check_bias(const Case& c, Random& random, const Bias& bias) {

@@ -33,8 +33,9 @@ private:
 
 }  // namespace detail
 
-/// Threads that parallel_for may use here: OpenMP's setting, 1 without OpenMP or inside a parallel region, one of a single thread
-/// included (OpenMP may trim teams, and a nested team must not outgrow what the outer one was given memory for).
+/// Threads that parallel_for may use here: OpenMP's setting, 1 without OpenMP, inside a parallel region, one of a single thread
+/// included (OpenMP may trim teams, and a nested team must not outgrow what the outer one was given memory for), and where a layer
+/// works on a head with one thread.
 inline int worker_count() {
 #if defined(_OPENMP)
     return omp_get_level() > 0 || detail::OneThread::here() ? 1 : omp_get_max_threads();
@@ -112,15 +113,17 @@ POLYATTN_NOINLINE inline void run_parallel(offset_t count, Body body) {
 /// exception a body throws is rethrown to the caller after all threads have stopped. Which thread takes which i is open,
 /// so a body must not let its result depend on it. On x86 numbers below the smallest normal one count as 0 in a body.
 template <class F>
-void parallel_for(offset_t count, const F& body) {
-    detail::run_parallel(count, {&body, [](const void* object, offset_t i, int worker) { (*static_cast<const F*>(object))(i, worker); }});
+void parallel_for(offset_t count, F&& body) {
+    const auto call = [&](offset_t i, int worker) { body(i, worker); };
+    using Call = decltype(call);
+    detail::run_parallel(count, {&call, [](const void* object, offset_t i, int worker) { (*static_cast<Call*>(object))(i, worker); }});
 }
 
 namespace detail {
 
 /// Calls f(i) for the rows [0, count), in parallel, several at a time.
 template <class F>
-void parallel_rows(index_t count, const F& f) {
+void parallel_rows(index_t count, F&& f) {
     constexpr index_t unit = 64;
     parallel_for((count + unit - 1) / unit, [&](offset_t u, int) {
         const auto first = static_cast<index_t>(u) * unit;
@@ -138,6 +141,7 @@ struct Work {
     Work times(double count) const { return {flops * count, meetings == serial ? serial : meetings * count}; }
     /// Of `items` such heads, fewer than `threads`: one after the other with all threads inside is faster than side by side.
     bool gains_from_threads(offset_t items, int threads) const {
+        if (meetings == serial) return false;
         const double spared = flops * (1 - static_cast<double>(items) / threads);
         return spared > static_cast<double>(items) * meeting * meetings;
     }

@@ -6,6 +6,8 @@
 #include <polyattn/core/workspace.hpp>
 #include <polyattn/plan/part.hpp>
 
+#include <algorithm>
+
 POLYATTN_BEGIN_NAMESPACE
 
 namespace detail::simd {
