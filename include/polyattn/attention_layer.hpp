@@ -395,8 +395,7 @@ private:
             return {flops, is_reference || detail::is_causal<Pattern>() ? detail::Work::serial : hops};
         } else {
             const double flops = 2. * static_cast<double>(plan.count()) * (q.dim() + hops * e);
-            if constexpr (is_reference) return {flops, detail::Work::serial};
-            else return {flops, plan.template lowered<detail::simd::Schedule>().has_shared_rows() ? detail::Work::serial : hops * (plan.edges().count() > 0 ? 2 : 1)};
+            return {flops, is_reference ? detail::Work::serial : hops * (plan.edges().count() > 0 ? 2 : 1)};
         }
     }
     /// That of the largest head, which the others wait for; plan_of(b, h), where `same` of all.
