@@ -437,3 +437,20 @@ TEST_CASE("errors name the argument") {
     CHECK(argument([&] { Attention<SegmentMeans<2>, PPR<2>>{}(x.view(), y.view(), y.view()); }) == "k");
     CHECK(argument([&] { layer.backward(layer.forward(x.view(), x.view(), x.view()).saved, y.view()); }) == "d_out");
 }
+
+TEST_CASE("no heads, no batch, no tokens, no columns of values") {
+    const auto check = [](const auto& layer) {
+        for (const auto& shape : {std::vector<offset_t>{0, 2, 5, 4}, {2, 0, 5, 4}, {2, 2, 0, 4}}) {
+            const Tensor<float> x(shape);
+            const auto [out, saved] = layer.forward(x.view(), x.view(), x.view());
+            CHECK(out.values.empty());
+            CHECK(layer.backward(saved, out.view()).k.values.empty());
+        }
+        const Tensor<float> x({1, 1, 5, 4}), nothing({1, 1, 5, 0});
+        const auto [out, saved] = layer.forward(x.view(), x.view(), nothing.view());
+        for (const float entry : layer.backward(saved, out.view()).k.values) CHECK(entry == 0);
+    };
+    check(Attention<SegmentMeans<2>, PPR<2>>{});
+    check(Attention{KMeans{.clusters = 2}});
+    check(Attention{LinearProjection::drawn(5, 2)});
+}

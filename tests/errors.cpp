@@ -168,6 +168,15 @@ TEST_CASE("shapes and options of calls") {
         {"key_lengths", "one length for each of 2 batch items", "3", call(x, x, x, {.key_lengths = {1, 2, 3}})},
         {"key_lengths", "lengths from 0 to 6", "7", call(x, x, x, {.key_lengths = {1, 7}})},
         {"query_lengths", "lengths from 0 to 6", "-1", call(x, x, x, {.query_lengths = {-1, 6}})},
+        {"query_lengths", "lengths from 0 to 6", "7", [&] { (void)attention.plans(1, 6, 6, {.query_lengths = {7}}); }},
+        {"query_lengths", "one length for each of 2 batch items", "1", [&] { (void)attention.plans(2, 6, 6, {.query_lengths = {6}}); }},
+        {"plan", "none with kernel scores, or the pattern's own", "one of other pairs",
+         [&] { (void)Attention<Kernel<ReLU>, Causal, Reference>{}(x, x, x, {.plan = SlidingWindow{.window = 2}.plan(6, 6)}); }},
+        {"plan", "none with kernel scores, or the pattern's own", "one of other pairs",
+         [&] {
+             // As many pairs as Causal has.
+             (void)Attention<Kernel<ReLU>, Causal, Reference>{}(x, x, x, {.plan = PlanBuilder(6, 6).range([](index_t i) { return std::pair{i, index_t{6}}; }).build()});
+         }},
         {"dropout.weights", "a probability of [0, 1)", "1.000000", call(x, x, x, {.dropout = {.weights = 1}})},
         {"dropout.values", "a probability of [0, 1)", "-0.500000", call(x, x, x, {.dropout = {.values = -.5}})},
         {"plan", "6 queries x 6 keys", "5 x 5", call(x, x, x, {.plan = Dense{}.plan(5, 5)})},

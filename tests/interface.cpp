@@ -281,7 +281,8 @@ TEST_CASE("a batch of caches of different lengths gives what each item gives alo
         return tensor;
     };
     const auto q = draw(q_shape), k = draw(k_shape), v = draw(k_shape), d_out = draw(q_shape);
-    const auto check = [&](const auto& attention, index_t asked, const std::vector<index_t>& lengths) {
+    // layer_of(b): the layer that item b alone has.
+    const auto check_items = [&](const auto& attention, const auto& layer_of, index_t asked, const std::vector<index_t>& lengths) {
         auto first = xt::range(0, asked);
         const CallOptions options{.key_lengths = key_lengths, .query_lengths = lengths};
         const xt::xtensor<double, 4> some_q = xt::view(q, xt::all(), xt::all(), first, xt::all()), some_d = xt::view(d_out, xt::all(), xt::all(), first, xt::all());
@@ -293,8 +294,9 @@ TEST_CASE("a batch of caches of different lengths gives what each item gives alo
             auto rows = xt::range(0, lengths[b]), columns = xt::range(0, key_lengths[b]);
             const xt::xtensor<double, 3> own_q = xt::view(q, b, xt::all(), rows, xt::all()), own_k = xt::view(k, b, xt::all(), columns, xt::all()), own_v = xt::view(v, b, xt::all(), columns, xt::all()),
                                          own_d = xt::view(d_out, b, xt::all(), rows, xt::all());
-            const auto [alone, alone_saved] = attention.forward(own_q, own_k, own_v);
-            const auto alone_gradient = attention.backward(alone_saved, own_d);
+            const auto own_layer = layer_of(b);
+            const auto [alone, alone_saved] = own_layer.forward(own_q, own_k, own_v);
+            const auto alone_gradient = own_layer.backward(alone_saved, own_d);
             const auto close = [](const auto& batch, const auto& item) { return xt::amax(xt::abs(batch - item))() < 1e-12; };
             CHECK(close(xt::view(out, b, xt::all(), rows, xt::all()), alone));
             CHECK(close(xt::view(gradient.q, b, xt::all(), rows, xt::all()), alone_gradient.q));
@@ -303,6 +305,11 @@ TEST_CASE("a batch of caches of different lengths gives what each item gives alo
             for (std::size_t i = 0; i < d_bias.size(); ++i) d_bias[i] += alone_gradient.bias[i];
         }
         for (std::size_t i = 0; i < d_bias.size(); ++i) CHECK(gradient.bias[i] == doctest::Approx(d_bias[i]).epsilon(1e-10));
+    };
+    const auto check = [&](const auto& attention, index_t asked, const std::vector<index_t>& lengths) { check_items(attention, [&](std::size_t) { return attention; }, asked, lengths); };
+    const auto below = [](std::vector<index_t> indices, index_t end) {
+        std::erase_if(indices, [&](index_t index) { return index >= end; });
+        return indices;
     };
     RelativePosition table{.heads = 2, .reach = 7, .table = std::vector<double>(30)};
     for (double& entry : table.table) entry = random.normal();
@@ -314,6 +321,37 @@ TEST_CASE("a batch of caches of different lengths gives what each item gives alo
         check(Attention{SlidingWindow{.window = 8}, Alibi(2)}, asked, lengths);
         check(Attention{table}, asked, lengths);
         check(Attention{LocalGlobalRandom{.window = 6, .globals = 2, .randoms = 3}, table, Reference{}}, asked, lengths);
+        check(Attention{LocalitySensitiveHashing{.buckets = 2, .rounds = 8, .causal = true, .seed = random.seed()}}, asked, lengths);
+        check_items(Attention{SlidingWindow{.window = 8}, Unbiased{.drop = 0, .per_item = true}}, [](std::size_t) { return Attention{SlidingWindow{.window = 8}}; }, asked, lengths);
+        // Given tokens and sources that are no keys of the shorter items.
+        const std::vector<index_t> tokens{3, 12, 20, 39};
+        const auto longformer = [&](index_t keys) { return Attention{Longformer{.window = 6, .tokens = below(tokens, keys)}}; };
+        check_items(longformer(40), [&](std::size_t b) { return longformer(key_lengths[b]); }, asked, lengths);
+        check_items(Attention{Intersection{Longformer{.window = 6, .tokens = tokens}, Causal{}}},
+                    [&](std::size_t b) { return Attention{Intersection{Longformer{.window = 6, .tokens = below(tokens, key_lengths[b])}, Causal{}}}; }, asked, lengths);
+        const auto given = [&](index_t keys) { return Attention{Given{{below({30, 0, 5}, keys), below({2, 39, 8, 20}, keys), below({1, 16, 7}, keys)}}}; };
+        check_items(given(40), [&](std::size_t b) { return given(key_lengths[b]); }, asked, lengths);
+        // A caller's graph stays where it is.
+        const Plan graph = RandomTokens{.count = 9, .seed = random.seed()}.plan(asked, 40);
+        const auto edges = [&](index_t rows, index_t keys) {
+            const Csr csr = prefix(graph, rows, keys).to_csr();
+            return Attention{EdgeList{csr.offsets, csr.keys}};
+        };
+        check_items(edges(asked, 40), [&](std::size_t b) { return edges(lengths[b], key_lengths[b]); }, asked, lengths);
+    }
+    CHECK_THROWS_AS((Attention{Longformer{.window = 6, .tokens = {40}}}(q, k, v, {.key_lengths = key_lengths})), invalid_input);
+    CHECK_THROWS_AS((Attention{Given{{{0, 40}}}}(q, k, v, {.key_lengths = key_lengths})), invalid_input);
+    // Nothing to see, and nobody who looks.
+    for (const CallOptions& options : {CallOptions{.key_lengths = {40, 0, 9, 23}}, CallOptions{.key_lengths = {40, 0, 9, 23}, .query_lengths = {5, 0, 5, 5}}}) {
+        const auto nothing = [&](const auto& attention) {
+            const xt::xtensor<double, 4> out = attention(q, k, v, options);
+            CHECK(xt::amax(xt::abs(xt::view(out, 1, xt::all(), xt::all(), xt::all())))() == 0);
+            CHECK(xt::amin(xt::abs(xt::view(out, 2, xt::all(), xt::all(), xt::all())))() > 0);
+        };
+        nothing(Attention{Longformer{.window = 60}});
+        nothing(Attention{LocallyBiased<2>{}});
+        nothing(Attention{Unbiased{.per_item = true}});
+        nothing(Attention{LocalGlobalRandom{}});
     }
     CHECK_THROWS_AS((Attention<Kernel<ReLU>, Causal>{}(q, k, v, {.key_lengths = key_lengths})), invalid_input);
 }
@@ -365,6 +403,10 @@ TEST_CASE("no heads, no batch, no tokens, no columns of values") {
     }
     const xt::xtensor<float, 2> x = xt::ones<float>({9, 4}), nothing = xt::zeros<float>({9, 0});
     CHECK(layer()(x, x, nothing).size() == 0);
+    const auto saved = layer().forward(x, x, nothing).saved;
+    const auto gradient = layer().backward(saved, nothing);
+    CHECK(xt::amax(xt::abs(gradient.q))() == 0);
+    CHECK(xt::amax(xt::abs(gradient.k))() == 0);
 }
 
 TEST_CASE("describe names the architecture and the threads") {

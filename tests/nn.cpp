@@ -67,6 +67,15 @@ void shake(Model& model, Random& random, double scale = .5) {
     });
 }
 
+struct TwoLayers {
+    nn::Linear<double>&one, &two;
+    template <class F>
+    void for_each_parameter(F&& f) {
+        one.for_each_parameter(f);
+        two.for_each_parameter(f);
+    }
+};
+
 }  // namespace
 
 TEST_CASE("linear, layer norm, embedding, feed-forward: finite differences") {
@@ -187,6 +196,8 @@ TEST_CASE("losses: values and gradients") {
     CHECK(std::all_of(logits.values.begin(), logits.values.end(), [](double g) { return g == 0; }));
     CHECK_THROWS_AS(nn::cross_entropy(detail::rows_of(logits), std::vector<index_t>{0, 1, 2, 3, 7}), invalid_input);
     CHECK_THROWS_AS(nn::cross_entropy(detail::rows_of(logits), std::vector<index_t>{0}), invalid_input);
+    Tensor<double> no_classes({5, 0});
+    CHECK_THROWS_AS(nn::cross_entropy(MatrixView<double>{no_classes.data(), 5, 0, 0, 1}, std::vector<index_t>(5, nn::ignored)), invalid_input);
     std::vector<double> values{1, -2, 5}, errors = values;
     const std::vector<double> goals{2, -2, 1};
     CHECK(std::abs(nn::mean_squared_error<double>(errors, goals) - 17. / 3) < 1e-15);
@@ -242,8 +253,10 @@ TEST_CASE("whole models: finite differences of every parameter") {
             return nn::mean_squared_error<double>({outputs.data, 9}, goals.values);
         };
         loss();
-        model.backward(saved, pass);
+        model.backward(saved, {.workspace = pass.workspace});  // what was saved says the rest
         check_gradients(random, model, {}, loss);
+        CHECK_THROWS_AS(model.forward(items, 3, saved, {}), invalid_input);
+        CHECK_THROWS_AS(model.backward(saved, {}), invalid_input);
         return items;
     };
     {
@@ -385,13 +398,34 @@ TEST_CASE("the optimizer against its formulas, decay and clipping") {
     const auto untouched = other.weight.value.values;
     CHECK_THROWS_AS(optimizer.step(other, .1), invalid_input);
     CHECK(other.weight.value.values == untouched);
+    CHECK_THROWS_AS(nn::parameters_of(other, &optimizer), invalid_input);
+    TwoLayers more{layer, other};
+    CHECK_THROWS_AS(optimizer.step(more, .1), invalid_input);
+    CHECK_THROWS_AS(nn::parameters_of(more, &optimizer), invalid_input);
     optimizer.beta2 = 1;
     CHECK_THROWS_AS(optimizer.step(layer, .1), invalid_input);
+    nn::AdamW<float> narrow;
+    narrow.epsilon = 1e-40;  // no normal number of float
+    CHECK_THROWS_AS(narrow.validate(), invalid_input);
+    nn::AdamW<double> wide;
+    wide.epsilon = 1e-40;
+    CHECK_NOTHROW(wide.validate());
     // Rows that do not fit.
     Workspace workspace;
     Tensor<double> few({2, other.in()}), many({5, other.out()});
     CHECK_THROWS_AS(other.forward(detail::rows_of(std::as_const(few)), detail::rows_of(many), workspace), invalid_input);
     CHECK_THROWS_AS(other.backward(detail::rows_of(std::as_const(few)), detail::rows_of(std::as_const(many)), {}, false, workspace), invalid_input);
+}
+
+TEST_CASE("sizes that parameters can't have") {
+    CHECK_THROWS_AS((nn::Linear<float>("a", -1, 2, 1, 1)), invalid_input);
+    CHECK_THROWS_AS((nn::Linear<float>("a", 2, 0, 1, 1)), invalid_input);
+    CHECK_THROWS_AS((nn::Embedding<float>("a", -3, 2, 1, 1)), invalid_input);
+    CHECK_THROWS_AS((nn::Embedding<float>("a", 3, -2, 1, 1)), invalid_input);
+    CHECK_THROWS_AS((nn::LayerNorm<float>("a", -4)), invalid_input);
+    CHECK_THROWS_AS((nn::LayerNorm<float>("a", 4, -1e-5)), invalid_input);
+    CHECK_THROWS_AS((nn::LayerNorm<float>("a", 4, std::nan(""))), invalid_input);
+    CHECK_THROWS_AS((Tensor<float>({2, -1})), invalid_input);
 }
 
 TEST_CASE("initial values hang on seed and name, not on order") {
@@ -469,6 +503,20 @@ TEST_CASE("files: what numpy wrote, names of someone else, and what is refused")
     CHECK(copy.weight.value.values == layer.weight.value.values);
     CHECK(resumed.steps == 1);
     CHECK(resumed.moments[0].mean == optimizer.moments[0].mean);
+    // What can't be loaded changes nothing.
+    const auto refuses = [&](auto&& spoil) {
+        auto spoilt = nn::TensorFile<float>::read(path);
+        for (auto& [name, tensor] : spoilt.tensors) std::fill(tensor.values.begin(), tensor.values.end(), 7.f);
+        spoil(spoilt);
+        CHECK_THROWS_AS(nn::load_parameters(copy, spoilt, &resumed), invalid_input);
+        CHECK(copy.weight.value.values == layer.weight.value.values);
+        CHECK(resumed.steps == 1);
+        CHECK(resumed.moments.size() == 2);
+        CHECK(resumed.moments[0].mean == optimizer.moments[0].mean);
+    };
+    for (const char* steps : {"-1", "abc", "12abc", "", " 3", "99999999999999999999"}) refuses([&](auto& spoilt) { spoilt.metadata["adam_steps"] = steps; });
+    for (const char* name : {"mine.bias", "mine.bias.adam_mean", "mine.weight.adam_square"}) refuses([&](auto& spoilt) { spoilt.tensors.erase(name); });
+    refuses([](auto& spoilt) { spoilt.tensors["mine.bias"].shape = {1, 3}; });
     CHECK(!std::filesystem::exists(path.string() + ".part"));
     // Broken ones.
     using File = nn::TensorFile<double>;

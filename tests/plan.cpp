@@ -185,6 +185,28 @@ TEST_CASE("unions and intersections of every pair of patterns, and of three") {
     }
 }
 
+TEST_CASE("the same pairs, however they are cut into parts") {
+    POLYATTN_RANDOM(random);
+    const index_t n = 50;
+    const Plan plan = LocalGlobalRandom{.window = 8, .globals = 3, .randoms = 4, .seed = random.seed()}.plan(n, n);
+    const Csr csr = plan.to_csr();
+    const auto edges = [&](std::vector<index_t> keys) { return EdgeList{csr.offsets, std::move(keys)}.plan(n, n); };
+    CHECK(same_pairs(plan, plan));
+    CHECK(same_pairs(plan, edges(csr.keys)));
+    CHECK(same_pairs(Dense{}.plan(3, 0), PlanBuilder(3, 0).build()));
+    CHECK_FALSE(same_pairs(plan, Dense{}.plan(n, n)));
+    // As many pairs, one of them another.
+    auto moved = csr.keys;
+    for (std::size_t row = 0; row < static_cast<std::size_t>(n); ++row)
+        if (const auto last = static_cast<std::size_t>(csr.offsets[row + 1]) - 1; moved[last] + 1 < n) {
+            ++moved[last];
+            break;
+        }
+    REQUIRE(moved != csr.keys);
+    CHECK_FALSE(same_pairs(plan, edges(moved)));
+    CHECK_THROWS_AS(same_pairs(plan, Dense{}.plan(n, n + 1)), invalid_input);
+}
+
 TEST_CASE("unions keep tiles: Diffuser's pattern is three tiles and edges") {
     const Plan plan = LocalGlobalRandom{}.plan(2048, 2048);
     CHECK(plan.tiles().size() == 3);

@@ -54,6 +54,13 @@ TEST_CASE("indices handed in: means of the keys that remain") {
     check(Given::windows_of(c, 4), {2, 2, 2, 2, 4, 4, 6, 6});
     check(Given::windows_of(d, 4), {.5, .5, 4, 4, 4, 4, 5.5, 5.5});
     check(Given{{{1, 2}, {}}}, {1.5, 1.5, 1.5, 1.5, 0, 0, 0, 0});  // a window without keys
+    // Fewer queries than keys stand at the last positions.
+    const Plan few = Given{{{0}, {1, 7}, {2}, {5}}}.sample(3, 8, {}, false);
+    CHECK(keys_of(few, 0) == std::vector<index_t>{2});
+    CHECK(keys_of(few, 1) == std::vector<index_t>{5});
+    CHECK(keys_of(few, 2) == std::vector<index_t>{5});
+    CHECK_THROWS_AS((Given{{{0}, {1}}}.sample(9, 8, {}, false)), invalid_input);
+    CHECK(Given{{{0, 4}}}.sample(9, 8, {}, false).count() == 18);  // one list is for all queries
 }
 
 TEST_CASE("normal deviates: quantiles, symmetry, moments") {
@@ -168,6 +175,14 @@ TEST_CASE("probabilities of the sources of a window, computed and drawn") {
             }
             CHECK(std::abs(sum - window.size()) < 1e-8);
         }
+    }
+    // Each rank is one key's: over all keys the shares of a window are as many as its sources. Far more keys than a coarse integration follows.
+    const index_t keys = 150 + random.below(20);
+    const ShareMatrix many = sampling_probability(keys, 5, .5);
+    for (index_t b = 0; b < 5; ++b) {
+        double sum = 0;
+        for (index_t j = 0; j < keys; ++j) sum += many(b, j);
+        CHECK(std::abs(sum - detail::window_of(keys, 5, b).size()) < 1e-9 * keys);
     }
 }
 

@@ -17,7 +17,7 @@ struct CallOptions {
     /// than keys, as in decoding with a cache, patterns and biases see each item's last valid query at its last valid key.
     std::vector<index_t> key_lengths = {};
     /// Valid queries of each batch item; the outputs behind are 0. Empty: as key_lengths if there are as many queries as keys
-    /// (self-attention), else all.
+    /// (self-attention), else all. A valid query behind the valid keys is seen by nobody, but diffusion with a teleport reads its value, for itself.
     std::vector<index_t> query_lengths = {};
     /// What samplers and dropout draw from.
     Draw draw = {};

@@ -253,6 +253,7 @@ private:
         if (factor != 1)
             for (T& entry : d_rows.values) entry *= factor;
         const TensorView<const T> d_view = std::as_const(d_rows).view();
+        if (heads == 0) return;
         const index_t group = heads / to.heads();
         if constexpr (projects) {
             detail::simd::Projection<T, typename Inner::Arch> projection(compression_, what);

@@ -42,6 +42,7 @@ public:
     /// Throws invalid_input.
     std::vector<Plan> plans(index_t batch, index_t queries, index_t keys, const CallOptions& options) const {
         check_lengths(options.key_lengths, batch, keys, "key_lengths");
+        check_lengths(options.query_lengths, batch, queries, "query_lengths");
         const Plans found = plans_for(options, batch, 1, queries, keys);
         if (found.shared) return {*found.shared};
         return {found.items.begin(), found.items.end()};
@@ -95,19 +96,19 @@ protected:
         const std::lock_guard lock(cache_->mutex);
         for (const auto& [known, plan] : cache_->plans)
             if (known == key) return plan;
-        Plan made = make_plan(valid.queries, valid.keys, draw);
-        if (valid != all) made = extended(made, all.queries, all.keys);
+        Plan made = make_plan(valid, all, draw);
         if (cache_->plans.size() == PlanCache::capacity) cache_->plans.erase(cache_->plans.begin());
         cache_->plans.emplace_back(key, made);
         return made;
     }
-    Plan make_plan(index_t queries, index_t keys, const Draw& draw) const {
-        if constexpr (!samples) return pattern_.plan(queries, keys);
-        else return thinned(sampler_.sample(queries, keys, draw, is_causal<Pattern>()));
+    Plan make_plan(Valid valid, Valid all, const Draw& draw) const {
+        if (valid != all && (valid.queries == 0 || valid.keys == 0)) return PlanBuilder(all.queries, all.keys).build();
+        if constexpr (!samples) return padded_plan(pattern_, valid.queries, valid.keys, all.queries, all.keys);
+        else return thinned(padded_sample(sampler_, valid.queries, valid.keys, all.queries, all.keys, draw, is_causal<Pattern>()), valid);
     }
-    Plan thinned(Plan sampled) const {
+    Plan thinned(Plan sampled, Valid valid) const {
         if constexpr (std::is_same_v<Pattern, Dense>) return sampled;
-        else return intersect(pattern_.plan(sampled.queries(), sampled.keys()), sampled);
+        else return intersect(padded_plan(pattern_, valid.queries, valid.keys, sampled.queries(), sampled.keys()), sampled);
     }
 
     /// The plans of a call: `shared` by all batch items, or those of `items`, which are the caller's or drawn for this call.
@@ -137,9 +138,10 @@ protected:
             plans.shared = *options.plan;
         } else if (draws_per_item()) {
             if constexpr (PerItemSampler<Sampler>)
-                for (index_t b = 0; b < batch; ++b)
-                    plans.drawn.push_back(thinned(sampler_.sample_item(queries, keys, b, options.key_lengths.empty() ? keys : options.key_lengths[static_cast<std::size_t>(b)],
-                                                                       options.draw, is_causal<Pattern>())));
+                for (index_t b = 0; b < batch; ++b) {
+                    const Valid item = valid_of(options, b, queries, keys), placed = positions_differ(options, queries, keys) ? item : Valid{queries, keys};
+                    plans.drawn.push_back(thinned(extended(sampler_.sample_item(placed.queries, placed.keys, b, item.keys, options.draw, is_causal<Pattern>()), queries, keys), placed));
+                }
             plans.items = plans.drawn;
         } else if constexpr (!data_dependent) {
             if ((samples || !std::is_same_v<Pattern, Dense>) && positions_differ(options, queries, keys)) {
@@ -182,7 +184,7 @@ protected:
         if constexpr (kernel) {
             require(options.dropout.weights == 0, "dropout.weights", "0 with kernel scores, whose weights are never formed", options.dropout.weights);
             if (options.plan && options.plan->queries() == q.tokens() && options.plan->keys() == k.tokens())
-                require(options.plan->count() == plan(q.tokens(), k.tokens()).count(), "plan", "none with kernel scores, or the pattern's own", "one of other pairs");
+                require(same_pairs(*options.plan, plan(q.tokens(), k.tokens())), "plan", "none with kernel scores, or the pattern's own", "one of other pairs");
             require(options.item_plans.empty(), "item_plans", "none with kernel scores", options.item_plans.size());
             require(!is_causal<Pattern>() || !positions_differ(options, q.tokens(), k.tokens()), "key_lengths", "all queries and keys where causal kernel scores have other numbers of queries than keys", "less");
         }

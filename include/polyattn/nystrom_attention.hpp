@@ -71,7 +71,7 @@ public:
     }
 
 private:
-    T& entry(Tensor<T>& matrix, index_t i, index_t j) const { return matrix.values[static_cast<std::size_t>(i * m_ + j)]; }
+    T& entry(Tensor<T>& matrix, index_t i, index_t j) const { return matrix.values[static_cast<std::size_t>(offset_t{i} * m_ + j)]; }
     static std::pair<index_t, T> largest_row(MatrixView<const T> a) {
         std::pair<index_t, T> found{0, T(0)};
         for (index_t i = 0; i < a.rows; ++i) {

@@ -11,7 +11,7 @@ template <class T, class Pattern>
 void check(Random& random, const Pattern& pattern, const char* name) {
     for (const auto& [queries, keys] : {std::pair{0, 0}, std::pair{1, 1}, std::pair{33, 33}, std::pair{61, 61}, std::pair{9, 40}, std::pair{20, 3}, std::pair{4, 0}}) {
         if (std::is_same_v<Pattern, SinkhornBlocks> && queries != keys) continue;
-        Case c{name, Plan(queries, keys, {}, {}), queries == keys ? PPR<2>{}.recursion() : NoDiffusion{}.recursion(), 1 + random.below(12), 1 + random.below(12), 3, 4, 1 + random.below(2)};
+        Case c{name, PlanBuilder(queries, keys).build(), queries == keys ? PPR<2>{}.recursion() : NoDiffusion{}.recursion(), 1 + random.below(12), 1 + random.below(12), 3, 4, 1 + random.below(2)};
         c.plans_itself = true;
         if (random.below(2)) c.options.key_lengths = {keys, keys / 2, 0};
         if (random.below(2)) c.options.query_lengths = {queries, queries / 3, queries};

@@ -143,6 +143,18 @@ TEST_CASE("one query: all ways through the keys") {
     const auto clean = attention(q.view(), k.view(), v.view(), options);
     for (std::size_t i = static_cast<std::size_t>(keys - 100) * 16; i < k.values.size(); ++i) k.values[i] = v.values[i] = std::numeric_limits<float>::quiet_NaN();
     CHECK(attention(q.view(), k.view(), v.view(), options).values == clean.values);
+    // NaN among them reaches every output, in whatever part of the keys it stands.
+    k = random.tensor<float>({1, keys, 16}), v = random.tensor<float>({1, keys, 16});
+    for (const auto& [plan, bad] : {std::pair{Dense{}.plan(1, keys), index_t{17}}, std::pair{Dense{}.plan(1, keys), keys - 200}, std::pair{Longformer{.window = 20, .tokens = {3}}.plan(1, keys), index_t{3}},
+                                    std::pair{Longformer{.window = 20, .tokens = {3}}.plan(1, keys), keys - 2}})
+        for (auto* tensor : {&k, &v}) {
+            options = {};
+            options.plan = plan;
+            const AlignedVector<float> row(tensor->values.begin() + bad * 16, tensor->values.begin() + bad * 16 + 16);
+            std::fill_n(tensor->values.begin() + bad * 16, 16, std::numeric_limits<float>::quiet_NaN());
+            for (const float value : attention(q.view(), k.view(), v.view(), options).values) CHECK(detail::is_nan(value));
+            std::copy(row.begin(), row.end(), tensor->values.begin() + bad * 16);
+        }
 }
 
 TEST_CASE("large scores stay finite and exact where the arithmetic allows") {

@@ -14,9 +14,13 @@ struct Tensor {
     std::vector<offset_t> shape;
 
     Tensor() = default;
+    /// Throws invalid_input for an extent below 0.
     explicit Tensor(std::vector<offset_t> extents) : shape(std::move(extents)) {
         offset_t size = 1;
-        for (const offset_t extent : shape) size *= extent;
+        for (const offset_t extent : shape) {
+            detail::require(extent >= 0, "extents", "numbers >= 0", extent);
+            size *= extent;
+        }
         values.resize(static_cast<std::size_t>(size));
     }
     T* data() { return values.data(); }

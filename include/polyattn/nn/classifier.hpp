@@ -24,6 +24,7 @@ public:
         typename TokenEncoder<T, Attention>::Saved encoder;
         Tensor<T> pooled, bent, kept, outputs, d_pooled, d_bent, d_features;  // bent: by tanh; kept: what dropout leaves of it
         detail::ActivationDropout pooled_dropout, head_dropout;
+        std::vector<index_t> lengths;
     };
 
     /// Outputs [batch, outputs], in saved.outputs. tokens [batch, tokens]; those of an item beyond pass.lengths do not count. Throws
@@ -31,11 +32,12 @@ public:
     MatrixView<T> forward(std::span<const index_t> tokens, index_t batch, Saved& saved, const Pass& pass) const {
         const MatrixView<const T> features = encoder.forward(tokens, batch, saved.encoder, pass);
         const index_t length = features.rows / batch;
+        saved.lengths = pass.lengths;
         detail::reshape(saved.pooled, {batch, features.cols});
         detail::reshape(saved.outputs, {batch, head.out()});
         const MatrixView<T> pooled = detail::rows_of(saved.pooled);
         parallel_for(batch, [&](offset_t b, int) {
-            const index_t pooling = pooled_tokens(pass, static_cast<index_t>(b), length);
+            const index_t pooling = pooled_tokens(saved, static_cast<index_t>(b), length);
             T* const mean = pooled.row(static_cast<index_t>(b));
             std::fill_n(mean, pooled.cols, T(0));
             for (index_t i = 0; i < pooling; ++i)
@@ -47,6 +49,7 @@ public:
     }
     /// Adds to all gradients, from d_outputs in place of the outputs (as the losses leave them).
     void backward(Saved& saved, const Pass& pass) {
+        pass.require_workspace();
         detail::reshape(saved.d_pooled, saved.pooled.shape);
         const MatrixView<T> d_pooled = detail::rows_of(saved.d_pooled);
         if (pooler.empty()) head.backward(detail::rows_of(std::as_const(saved.pooled)), detail::rows_of(std::as_const(saved.outputs)), d_pooled, false, *pass.workspace);
@@ -56,7 +59,7 @@ public:
         detail::reshape(saved.d_features, {features.rows, features.cols});
         const MatrixView<T> d_features = detail::rows_of(saved.d_features);
         parallel_for(batch, [&](offset_t b, int) {
-            const index_t pooling = pooled_tokens(pass, static_cast<index_t>(b), length);
+            const index_t pooling = pooled_tokens(saved, static_cast<index_t>(b), length);
             for (index_t i = 0; i < length; ++i) {
                 T* const row = d_features.row(static_cast<index_t>(b) * length + i);
                 if (i < pooling) detail::simd::scale_row<T, xsimd::default_arch>(d_pooled.row(static_cast<index_t>(b)), 1 / static_cast<T>(pooling), d_features.cols, row);
@@ -79,8 +82,8 @@ public:
 
 private:
     /// Tokens whose mean is taken.
-    index_t pooled_tokens(const Pass& pass, index_t item, index_t length) const {
-        const index_t valid = pass.lengths.empty() ? length : pass.lengths[static_cast<std::size_t>(item)];
+    index_t pooled_tokens(const Saved& saved, index_t item, index_t length) const {
+        const index_t valid = saved.lengths.empty() ? length : saved.lengths[static_cast<std::size_t>(item)];
         return pooler.empty() ? valid : std::min(valid, index_t{1});
     }
     void bend(Saved& saved, const Pass& pass) const {

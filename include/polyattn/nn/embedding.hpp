@@ -10,9 +10,7 @@ namespace nn {
 template <class T>
 class Embedding {
 public:
-    Embedding(const std::string& name, index_t entries, index_t columns, double deviation, std::uint64_t seed) : weight(name + ".weight", {entries, columns}, false) {
-        detail::require(entries >= 1, "entries", "a number >= 1", entries);
-        detail::require(columns >= 1, "columns", "a number of columns >= 1", columns);
+    Embedding(const std::string& name, index_t entries, index_t columns, double deviation, std::uint64_t seed) : weight(name + ".weight", {detail::positive(entries, "entries"), detail::positive(columns, "columns")}, false) {
         weight.draw(deviation, seed);
     }
 

@@ -29,6 +29,7 @@ public:
     }
     /// Adds to all gradients, from d_logits in place of the logits (as cross_entropy leaves them).
     void backward(Saved& saved, const Pass& pass) {
+        pass.require_workspace();
         const MatrixView<const T> features = encoder.features(saved.encoder);
         detail::reshape(saved.d_features, {features.rows, features.cols});
         head.backward(features, detail::rows_of(std::as_const(saved.logits)), detail::rows_of(saved.d_features), false, *pass.workspace);

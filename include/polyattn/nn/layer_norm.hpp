@@ -14,8 +14,8 @@ class LayerNorm {
 
 public:
     LayerNorm(const std::string& name, index_t columns, double epsilon_in = 1e-5)
-        : weight(name + ".weight", {columns}, false), bias(name + ".bias", {columns}, false), epsilon(epsilon_in) {
-        detail::require(columns >= 1, "columns", "a number of columns >= 1", columns);
+        : weight(name + ".weight", {detail::positive(columns, "columns")}, false), bias(name + ".bias", {columns}, false), epsilon(epsilon_in) {
+        detail::require(detail::is_finite(epsilon) && epsilon >= 0, "epsilon", "a number >= 0", epsilon);
         weight.fill(T(1));
     }
 

@@ -45,9 +45,7 @@ template <class T>
 class Linear {
 public:
     Linear(const std::string& name, index_t in, index_t out, double deviation, std::uint64_t seed)
-        : weight(name + ".weight", {out, in}, true), bias(name + ".bias", {out}, false) {
-        detail::require(in >= 1, "in", "a number of columns >= 1", in);
-        detail::require(out >= 1, "out", "a number of columns >= 1", out);
+        : weight(name + ".weight", {detail::positive(out, "out"), detail::positive(in, "in")}, true), bias(name + ".bias", {out}, false) {
         weight.draw(deviation, seed);
     }
 

@@ -29,9 +29,10 @@ namespace nn {
 /// A target that does not count.
 inline constexpr index_t ignored = -1;
 
-/// exp(x - logsumexp(x)), row by row, in place; returns the logsumexp of each row.
+/// exp(x - logsumexp(x)), row by row, in place; returns the logsumexp of each row. Throws invalid_input for rows of no column.
 template <class T>
 std::vector<double> softmax_rows(MatrixView<T> x) {
+    detail::require(x.cols >= 1 || x.rows == 0, "x", "at least one column", x.cols);
     std::vector<double> logsumexp(static_cast<std::size_t>(x.rows));
     detail::parallel_rows(x.rows, [&](index_t i) {
         using A = xsimd::default_arch;

@@ -68,8 +68,21 @@ public:
     void validate() const {
         detail::require(beta1 >= 0 && beta1 < 1, "beta1", "a share of [0, 1)", beta1);
         detail::require(beta2 >= 0 && beta2 < 1, "beta2", "a share of [0, 1)", beta2);
-        detail::require(detail::is_finite(epsilon) && epsilon > 0, "epsilon", "a number > 0", epsilon);
+        detail::require(detail::is_finite(epsilon) && epsilon >= double(std::numeric_limits<T>::min()), "epsilon", "a number that the parameters' type has as a normal one > 0", epsilon);
         detail::require(detail::is_finite(weight_decay) && weight_decay >= 0, "weight_decay", "a factor >= 0", weight_decay);
+    }
+
+    /// Throws invalid_input unless the moments, if there are any, are those of this model's parameters.
+    template <class Model>
+    void check_model(Model& model) const {
+        if (moments.empty()) return;
+        std::size_t parameters = 0;
+        model.for_each_parameter([&](const Parameter<T>& parameter) {
+            const std::size_t size = parameter.value.values.size();
+            detail::require(parameters < moments.size() && moments[parameters].mean.size() == size && moments[parameters].square.size() == size, "model", "the model of the earlier steps", parameter.name);
+            ++parameters;
+        });
+        detail::require(parameters == moments.size(), "model", "the model of the earlier steps", parameters);
     }
 
     /// One step along the gradients, which it sets to 0. Throws invalid_input, before anything is changed, for a rate or parameter out of range, or another
@@ -78,12 +91,7 @@ public:
     void step(Model& model, double rate) {
         detail::require(detail::is_finite(rate) && rate >= 0, "rate", "a learning rate >= 0", rate);
         validate();
-        std::size_t parameters = 0;
-        model.for_each_parameter([&](Parameter<T>& parameter) {
-            detail::require(moments.empty() || (parameters < moments.size() && moments[parameters].mean.size() == parameter.value.values.size()), "model", "the model of the earlier steps", parameter.name);
-            ++parameters;
-        });
-        detail::require(moments.empty() || parameters == moments.size(), "model", "the model of the earlier steps", parameters);
+        check_model(model);
         ++steps;
         const double first = 1 / (1 - std::pow(beta1, double(steps))), second = 1 / (1 - std::pow(beta2, double(steps)));
         std::size_t number = 0;

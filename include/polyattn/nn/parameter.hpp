@@ -8,6 +8,16 @@
 
 POLYATTN_BEGIN_NAMESPACE
 
+namespace detail {
+
+/// An extent that parameters can have. Throws invalid_input.
+inline index_t positive(index_t extent, const char* argument) {
+    require(extent >= 1, argument, "a number >= 1", extent);
+    return extent;
+}
+
+}  // namespace detail
+
 namespace nn {
 
 /// What a model learns. Backward passes add to `gradient`.

@@ -30,7 +30,7 @@ struct LayerCall {
 /// The plans that a layer's attention uses instead of its own: one for all batch items, one for each, or none.
 using PlanSource = std::function<std::vector<Plan>(const LayerCall& call)>;
 
-/// What all layers share in one pass through a network.
+/// What all layers share in one pass through a network. Backward passes need the workspace alone: what forward went by is in what it saved.
 struct Pass {
     /// Scratch memory; always needed.
     Workspace* workspace = nullptr;
@@ -41,6 +41,8 @@ struct Pass {
     /// Valid tokens of each batch item. Empty: all.
     std::vector<index_t> lengths = {};
     PlanSource plans = {};
+
+    void require_workspace() const { detail::require(workspace, "pass.workspace", "a workspace", "none"); }
 };
 
 }  // namespace nn

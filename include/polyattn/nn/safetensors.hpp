@@ -7,6 +7,7 @@
 #include <nlohmann/json.hpp>
 
 #include <bit>
+#include <charconv>
 #include <filesystem>
 #include <fstream>
 #include <map>
@@ -142,9 +143,11 @@ private:
     }
 };
 
-/// A model's parameters, by name, and with an optimizer its state: what a run needs to go on bit by bit.
+/// A model's parameters, by name, and with an optimizer its state: what a run needs to go on bit by bit. Throws invalid_input for names
+/// that repeat and for the optimizer of another model.
 template <class T, class Model>
 TensorFile<T> parameters_of(Model& model, const AdamW<T>* optimizer = nullptr) {
+    if (optimizer) optimizer->check_model(model);
     TensorFile<T> file;
     std::size_t number = 0;
     model.for_each_parameter([&](const Parameter<T>& parameter) {
@@ -162,21 +165,31 @@ TensorFile<T> parameters_of(Model& model, const AdamW<T>* optimizer = nullptr) {
 }
 
 /// Sets a model's parameters, and the optimizer's state if given. rename(name of ours) is the name in the file. Tensors of the file that
-/// the model does not ask for are left alone. Throws invalid_input where one is missing or has another shape.
+/// the model does not ask for are left alone. Throws invalid_input, before anything is set, where one is missing or has another shape, or the
+/// number of steps is none.
 template <class T, class Model, class Rename = std::identity>
 void load_parameters(Model& model, const TensorFile<T>& file, AdamW<T>* optimizer = nullptr, Rename&& rename = {}) {
+    std::int64_t steps = 0;
     if (optimizer) {
-        const auto steps = file.metadata.find("adam_steps");
-        if (steps == file.metadata.end()) throw invalid_input("file", "the state of an optimizer", "parameters alone");
-        optimizer->steps = std::stoll(steps->second);
-        optimizer->moments.clear();
+        const auto found = file.metadata.find("adam_steps");
+        if (found == file.metadata.end()) throw invalid_input("file", "the state of an optimizer", "parameters alone");
+        const std::string& text = found->second;
+        const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), steps);
+        detail::require(error == std::errc() && end == text.data() + text.size() && steps >= 0, "adam_steps", "a number of steps >= 0", text);
     }
-    model.for_each_parameter([&](Parameter<T>& parameter) {
+    std::vector<const Tensor<T>*> values;
+    std::vector<typename AdamW<T>::Moments> moments;
+    model.for_each_parameter([&](const Parameter<T>& parameter) {
         const std::string name = rename(parameter.name);
-        parameter.value.values = file.at(name, parameter.value.shape).values;
-        if (optimizer && optimizer->steps > 0)
-            optimizer->moments.push_back({file.at(name + ".adam_mean", parameter.value.shape).values, file.at(name + ".adam_square", parameter.value.shape).values});
+        values.push_back(&file.at(name, parameter.value.shape));
+        if (steps > 0) moments.push_back({file.at(name + ".adam_mean", parameter.value.shape).values, file.at(name + ".adam_square", parameter.value.shape).values});
     });
+    std::size_t number = 0;
+    model.for_each_parameter([&](Parameter<T>& parameter) { parameter.value.values = values[number++]->values; });
+    if (optimizer) {
+        optimizer->steps = steps;
+        optimizer->moments = std::move(moments);
+    }
 }
 
 }  // namespace nn

@@ -31,7 +31,7 @@ public:
     /// Features [batch x tokens, dim]. tokens [batch, tokens], one item after the other. Throws invalid_input.
     MatrixView<const T> forward(std::span<const index_t> tokens, index_t batch, Saved& saved, const Pass& pass) const {
         detail::require(batch >= 1 && tokens.size() % static_cast<std::size_t>(batch) == 0, "tokens", [&] { return detail::text("batch ", batch, " times a number of tokens"); }, tokens.size());
-        detail::require(pass.workspace, "pass.workspace", "a workspace", "none");
+        pass.require_workspace();
         const auto rows = static_cast<index_t>(tokens.size()), length = rows / batch;
         saved.batch = batch;
         saved.tokens.assign(tokens.begin(), tokens.end());
@@ -51,6 +51,7 @@ public:
     }
     /// Adds to all gradients.
     void backward(MatrixView<const T> d_features, Saved& saved, const Pass& pass) {
+        pass.require_workspace();
         MatrixView<const T> d_in = detail::dropped(transformer.backward(d_features, saved.batch, saved.transformer, pass), saved.dropout, saved.d_in);
         if (!norm.empty()) {
             detail::reshape(saved.d_embedded, saved.embedded.shape);

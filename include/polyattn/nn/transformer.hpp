@@ -112,6 +112,7 @@ public:
 
     /// Adds to the gradients of the parameters; d_x = dL/dx.
     void backward(MatrixView<const T> x, MatrixView<const T> d_y, MatrixView<T> d_x, index_t batch, Saved& saved, const Pass& pass) {
+        pass.require_workspace();
         detail::reshape(saved.d_middle, saved.middle.shape);
         detail::reshape(saved.d_branch, saved.middle.shape);
         const MatrixView<T> d_middle = detail::rows_of(saved.d_middle), d_branch = detail::rows_of(saved.d_branch);

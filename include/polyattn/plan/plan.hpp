@@ -14,13 +14,18 @@ struct Csr {
     std::vector<index_t> keys;
 };
 
+class Plan;
+class PlanBuilder;
+namespace detail {
+/// A plan of parts that are known to fit: nothing is checked.
+Plan unchecked_plan(index_t queries, index_t keys, std::vector<Tile> tiles, Edges edges);
+}  // namespace detail
+
 /// Which keys every query sees, as disjoint parts: dense tiles and gathered edges. A value: copies share one immutable
-/// state, and so do heads, batches, layers and threads. A function of (pattern, sampler draw, queries, keys) only.
+/// state, and so do heads, batches, layers and threads. A function of (pattern, sampler draw, queries, keys) only. PlanBuilder makes it.
 class Plan {
 public:
     Plan() : Plan(0, 0, {}, {}) {}
-    Plan(index_t queries, index_t keys, std::vector<Tile> tiles, Edges edges)
-        : state_(std::make_shared<State>(queries, keys, std::move(tiles), std::move(edges))) {}
 
     /// A plan whose edges a backend keeps (adopt()); `fetch` copies them, when the host asks for the first time.
     static Plan with_edges_elsewhere(index_t queries, index_t keys, std::vector<Tile> tiles, std::function<Edges()> fetch) {
@@ -133,6 +138,10 @@ public:
     }
 
 private:
+    friend class PlanBuilder;
+    friend Plan detail::unchecked_plan(index_t, index_t, std::vector<Tile>, Edges);
+    Plan(index_t queries, index_t keys, std::vector<Tile> tiles, Edges edges) : state_(std::make_shared<State>(queries, keys, std::move(tiles), std::move(edges))) {}
+
     template <class L>
     static inline char type_tag = 0;
 
@@ -168,6 +177,8 @@ private:
 
     std::shared_ptr<State> state_;
 };
+
+inline Plan detail::unchecked_plan(index_t queries, index_t keys, std::vector<Tile> tiles, Edges edges) { return Plan(queries, keys, std::move(tiles), std::move(edges)); }
 
 /// Edges by key instead of by query, for the backward pass: rows of transposed edge e' and the forward edge it is.
 struct TransposedEdges {

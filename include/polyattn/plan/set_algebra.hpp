@@ -205,7 +205,7 @@ inline Plan unite(const Plan& a, const Plan& b) {
         }
         std::move(rest.begin(), rest.end(), std::back_inserter(tiles));
     }
-    const Plan dense(a.queries(), a.keys(), std::move(tiles), {});
+    const Plan dense = detail::unchecked_plan(a.queries(), a.keys(), std::move(tiles), {});
     // Pairs that left a tile of b may still be in another tile of a; edges may be in any tile.
     for (const Plan* plan : {&a, &b}) {
         if (plan->edges().count() == 0) continue;
@@ -213,7 +213,7 @@ inline Plan unite(const Plan& a, const Plan& b) {
             for (const index_t key : plan->edges().row(i)) pairs.push_back({i, key});
     }
     std::erase_if(pairs, [&](const detail::Pair& pair) { return dense.tile_of(pair.row, pair.key) >= 0; });
-    return Plan(a.queries(), a.keys(), {dense.tiles().begin(), dense.tiles().end()}, detail::edges_from_pairs(pairs, a.queries()));
+    return detail::unchecked_plan(a.queries(), a.keys(), {dense.tiles().begin(), dense.tiles().end()}, detail::edges_from_pairs(pairs, a.queries()));
 }
 
 /// Pairs of both plans. O(rows that pairs of tiles share + edges).
@@ -234,7 +234,28 @@ inline Plan intersect(const Plan& a, const Plan& b) {
     };
     keep_common(a, b);
     keep_common(b, a);
-    return Plan(a.queries(), a.keys(), std::move(tiles), detail::edges_from_pairs(pairs, a.queries()));
+    return detail::unchecked_plan(a.queries(), a.keys(), std::move(tiles), detail::edges_from_pairs(pairs, a.queries()));
+}
+
+/// True if two plans of the same numbers of queries and keys show the same pairs, however they are cut into parts. O(pairs) time and one
+/// row of memory, O(rows of all tiles + edges) where the parts are the same.
+inline bool same_pairs(const Plan& a, const Plan& b) {
+    detail::require_same_shape(a, b);
+    const auto same_tile = [](const Tile& x, const Tile& y) {
+        return x.rows.same_elements_as(y.rows) && x.keys.same_elements_as(y.keys) && x.bounds == y.bounds && x.excluded == y.excluded;
+    };
+    if (std::equal(a.tiles().begin(), a.tiles().end(), b.tiles().begin(), b.tiles().end(), same_tile) && a.edges().keys == b.edges().keys && a.edges().offsets == b.edges().offsets) return true;
+    if (a.count() != b.count()) return false;
+    std::vector<index_t> of_a, of_b;
+    for (index_t i = 0; i < a.queries(); ++i) {
+        for (const auto& [plan, row] : {std::pair{&a, &of_a}, std::pair{&b, &of_b}}) {
+            row->clear();
+            plan->for_each_key(i, [&](index_t key) { row->push_back(key); });
+            std::sort(row->begin(), row->end());
+        }
+        if (of_a != of_b) return false;
+    }
+    return true;
 }
 
 /// The first `queries` queries and `keys` keys of a plan. Throws invalid_input if it has fewer.
@@ -253,7 +274,7 @@ inline Plan prefix(const Plan& plan, index_t queries, index_t keys) {
         for (index_t i = 0; i < queries; ++i)
             for (const index_t key : plan.edges().row(i))
                 if (key < keys) pairs.push_back({i, key});
-    return Plan(queries, keys, std::move(tiles), detail::edges_from_pairs(pairs, queries));
+    return detail::unchecked_plan(queries, keys, std::move(tiles), detail::edges_from_pairs(pairs, queries));
 }
 
 /// The same pairs among more queries and keys, behind the plan's own. Throws invalid_input if there are less.
@@ -262,7 +283,7 @@ inline Plan extended(const Plan& plan, index_t queries, index_t keys) {
                     detail::text(queries, " x ", keys));
     Edges edges = plan.edges();
     if (!edges.offsets.empty()) edges.offsets.resize(static_cast<std::size_t>(queries) + 1, edges.offsets.back());
-    return Plan(queries, keys, {plan.tiles().begin(), plan.tiles().end()}, std::move(edges));
+    return detail::unchecked_plan(queries, keys, {plan.tiles().begin(), plan.tiles().end()}, std::move(edges));
 }
 
 POLYATTN_END_NAMESPACE

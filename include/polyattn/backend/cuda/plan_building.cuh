@@ -130,7 +130,7 @@ struct PlanParts {
     Plan tiles;       // without edges
     CudaEdges edges;  // no offsets if there are none
 };
-inline Plan tiles_of(const Plan& plan) { return Plan(plan.queries(), plan.keys(), {plan.tiles().begin(), plan.tiles().end()}, {}); }
+inline Plan tiles_of(const Plan& plan) { return unchecked_plan(plan.queries(), plan.keys(), {plan.tiles().begin(), plan.tiles().end()}, {}); }
 
 /// With copies of the edges, which the plan keeps on the device or on the host.
 template <class Execution>

@@ -168,8 +168,7 @@ public:
         for (offset_t r = 0; r < runs(); ++r) highest = std::max(highest, state(r)[columns_]);
         std::fill_n(out, columns_, T(0));
         for (offset_t r = 0; r < runs(); ++r) {
-            const T factor = is_zero(state(r)[columns_ + 1]) ? T(0) : std::exp2(state(r)[columns_] - highest);
-            if (is_zero(factor)) continue;
+            const T factor = std::exp2(state(r)[columns_] - highest);  // a chunk of factor 0 counts: what is not finite in it reaches the output
             total += factor * state(r)[columns_ + 1];
             map_row<T, A>(state(r), out, columns_, [&](V x, V y) POLYATTN_INLINE_LAMBDA { return multiply_add(V(factor), x, y); });
         }

@@ -470,6 +470,7 @@ private:
         const auto d_scores = arena.template take<T>(edges.count());
         const Parts<T> parts = take_parts<T>(std::max(head_.v.rows, head_.k.rows), std::max(columns_, dim_), arena);
         const Parts<T> z{parts.data, head_.v.rows, columns_}, keys{parts.data, head_.k.rows, dim_};
+        if (columns_ == 0) std::fill(d_scores.begin(), d_scores.end(), T(0));  // dots of nothing
         for (std::size_t t = 0; t < terms.size(); ++t) {
             this->split(terms[t].z, z.rows, z);
             this->edge_dots(terms[t].g, T(1), z, d_scores, t > 0);

@@ -41,7 +41,11 @@ struct Union : detail::Combination<First, Rest...> {
     Union() = default;
     Union(First first, Rest... rest) : detail::Combination<First, Rest...>{{std::move(first), std::move(rest)...}} {}
     Plan plan(index_t queries, index_t keys) const {
-        return detail::join_plans(this->patterns, [&](const auto& pattern) { return pattern.plan(queries, keys); }, [](const Plan& a, const Plan& b) { return unite(a, b); });
+        return plan_padded(queries, keys, queries, keys);
+    }
+    Plan plan_padded(index_t valid_queries, index_t valid_keys, index_t queries, index_t keys) const {
+        const auto plan_of = [&](const auto& pattern) { return detail::padded_plan(pattern, valid_queries, valid_keys, queries, keys); };
+        return detail::join_plans(this->patterns, plan_of, [](const Plan& a, const Plan& b) { return unite(a, b); });
     }
 };
 
@@ -53,7 +57,11 @@ struct Intersection : detail::Combination<First, Rest...> {
     Intersection() = default;
     Intersection(First first, Rest... rest) : detail::Combination<First, Rest...>{{std::move(first), std::move(rest)...}} {}
     Plan plan(index_t queries, index_t keys) const {
-        return detail::join_plans(this->patterns, [&](const auto& pattern) { return pattern.plan(queries, keys); }, [](const Plan& a, const Plan& b) { return intersect(a, b); });
+        return plan_padded(queries, keys, queries, keys);
+    }
+    Plan plan_padded(index_t valid_queries, index_t valid_keys, index_t queries, index_t keys) const {
+        const auto plan_of = [&](const auto& pattern) { return detail::padded_plan(pattern, valid_queries, valid_keys, queries, keys); };
+        return detail::join_plans(this->patterns, plan_of, [](const Plan& a, const Plan& b) { return intersect(a, b); });
     }
 };
 

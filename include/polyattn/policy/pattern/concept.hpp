@@ -10,7 +10,9 @@ POLYATTN_BEGIN_NAMESPACE
 /// A SparsityPattern says which keys each query sees: plan(queries, keys) yields the parts, disjoint, as a pure function of
 /// the pattern's members and the two numbers. With unequal numbers, query i stands at position i + keys - queries, so the
 /// last query stands at the last key (decoding).
-/// Optional: `static constexpr bool is_causal = true` if no query ever sees a key behind its own position (samplers ask).
+/// Optional: `static constexpr bool is_causal = true` if no query ever sees a key behind its own position (samplers ask). And
+/// plan_padded(valid_queries, valid_keys, queries, keys), the plan of a batch item of which the first valid ones count, where that is not
+/// plan(valid_queries, valid_keys): layers ask where queries and keys are not equally many, so that lengths move positions.
 ///
 /// A data-dependent pattern offers, instead of plan(), plan_for(q, k, valid_queries, valid_keys, draw): the parts of one head from its q and k
 /// (MatrixView of float or double), of which the first valid rows count. Layers call it for every (batch, head). On Cuda only the library's own can
@@ -49,6 +51,14 @@ struct Alignment {
         return found;
     }
 };
+
+/// plan_padded(), or what stands for it.
+template <class P>
+Plan padded_plan(const P& pattern, index_t valid_queries, index_t valid_keys, index_t queries, index_t keys) {
+    if (valid_queries == queries && valid_keys == keys) return pattern.plan(queries, keys);
+    if constexpr (requires { pattern.plan_padded(valid_queries, valid_keys, queries, keys); }) return pattern.plan_padded(valid_queries, valid_keys, queries, keys);
+    else return extended(pattern.plan(valid_queries, valid_keys), queries, keys);
+}
 
 inline void require_square(const char* pattern, index_t queries, index_t keys) {
     if (queries != keys)

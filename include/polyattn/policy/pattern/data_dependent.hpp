@@ -101,8 +101,9 @@ struct LocalitySensitiveHashing {
             std::sort(more.keys.begin() + start, more.keys.end());
             more.offsets.push_back(more.count());
         }
-        const Plan all(queries, keys, {first.tiles().begin(), first.tiles().end()}, std::move(more));
-        return causal ? intersect(all, Causal{}.plan(queries, keys)) : all;
+        const Plan all = detail::unchecked_plan(queries, keys, {first.tiles().begin(), first.tiles().end()}, std::move(more));
+        // Padding behind the valid ones moves no position.
+        return causal ? intersect(all, extended(Causal{}.plan(valid_queries, static_cast<index_t>(in_round(of_key, 0).size())), queries, keys)) : all;
     }
 };
 
@@ -127,7 +128,7 @@ struct RoutedClusters {
     /// The plan of the valid queries' and keys' clusters.
     Plan plan_of(std::span<const index_t> of_query, std::span<const index_t> of_key, index_t queries, index_t keys) const {
         const index_t count = std::min(clusters, static_cast<index_t>(of_key.size()));
-        return count == 0 ? Plan(queries, keys, {}, {}) : detail::same_group(of_query, of_key, count, queries, keys);
+        return count == 0 ? PlanBuilder(queries, keys).build() : detail::same_group(of_query, of_key, count, queries, keys);
     }
 };
 

@@ -40,9 +40,10 @@ struct Longformer {
         detail::validate_even_window(window, dilation);
         GlobalTokens{.count = 0, .tokens = tokens}.validate();
     }
-    Plan plan(index_t queries, index_t keys) const {
-        return Union(GlobalTokens{.count = 0, .tokens = tokens}, SlidingWindow{.window = window, .dilation = dilation}).plan(queries, keys);
-    }
+    /// The patterns that it is the union of.
+    auto parts() const { return Union(GlobalTokens{.count = 0, .tokens = tokens}, SlidingWindow{.window = window, .dilation = dilation}); }
+    Plan plan(index_t queries, index_t keys) const { return parts().plan(queries, keys); }
+    Plan plan_padded(index_t valid_queries, index_t valid_keys, index_t queries, index_t keys) const { return parts().plan_padded(valid_queries, valid_keys, queries, keys); }
 };
 
 static_assert(SparsityPattern<LocalGlobalRandom> && SparsityPattern<Longformer>);

@@ -9,7 +9,7 @@ POLYATTN_BEGIN_NAMESPACE
 
 /// Tokens whose whole row and whole column are edges: `tokens` if given (ascending), else `count` of the keys drawn at random.
 /// When there are fewer keys than `count`, all of them are global. An empty list is none given: for no global tokens at all set `count` to 0 as well.
-/// 2 g n - g^2 pairs.
+/// 2 g n - g^2 pairs. Of given tokens a batch item has those that are valid keys of it.
 struct GlobalTokens {
     using policy_kind = sparsity_pattern_kind;
     index_t count = 96;
@@ -34,6 +34,13 @@ struct GlobalTokens {
             return std::pair{index_t{0}, std::binary_search(rows.begin(), rows.end(), i) ? index_t{0} : all};
         });
         return builder.build();
+    }
+    Plan plan_padded(index_t valid_queries, index_t valid_keys, index_t queries, index_t keys) const {
+        detail::require(tokens.empty() || tokens.back() < keys, "tokens", [&] { return detail::text("indices of [0, ", keys, ")"); }, tokens.empty() ? 0 : tokens.back());
+        GlobalTokens own = *this;
+        std::erase_if(own.tokens, [&](index_t token) { return token >= valid_keys; });
+        if (own.tokens.empty() && !tokens.empty()) own.count = 0;
+        return extended(own.plan(valid_queries, valid_keys), queries, keys);
     }
 };
 

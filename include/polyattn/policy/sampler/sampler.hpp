@@ -286,9 +286,10 @@ private:
     }
 };
 
-/// Indices handed in: the queries are cut into as many equal windows as there are lists, and those of window b see the keys sources[b]
-/// (in any order; in a causal pattern those up to their own position). An empty list leaves its queries without keys: their output is 0.
-/// Throws invalid_input for indices that are no keys or repeat.
+/// Indices handed in: the keys' positions are cut into as many equal windows as there are lists, and the queries that stand in window b
+/// (query i at i + keys - queries) see the keys sources[b], in any order; in a causal pattern those up to their own position. A single
+/// list is for all queries. An empty list leaves its queries without keys: their output is 0. Throws invalid_input for indices that are
+/// no keys or repeat, and for more queries than keys with several lists.
 struct Given {
     using policy_kind = sampler_kind;
     std::vector<std::vector<index_t>> sources;
@@ -311,10 +312,15 @@ struct Given {
     }
 
     void validate() const { detail::require(!sources.empty(), "sources", "a list for each window", "none"); }
-    Plan sample(index_t queries, index_t keys, const Draw&, bool causal) const {
+    Plan sample(index_t queries, index_t keys, const Draw& draw, bool causal) const {
+        detail::require_windows("windows of sources", static_cast<index_t>(sources.size()), keys);
+        if (sources.size() > 1) detail::require_not_more_queries("Given", queries, keys);
+        return sample_padded(queries, keys, queries, keys, draw, causal);
+    }
+    /// Windows are those of the valid keys; indices behind them are left out.
+    Plan sample_padded(index_t valid_queries, index_t valid_keys, index_t queries, index_t keys, const Draw&, bool causal) const {
         const auto windows = static_cast<index_t>(sources.size());
-        detail::require_windows("windows of sources", windows, keys);
-        const detail::Alignment at{queries, keys};
+        const detail::Alignment at{valid_queries, valid_keys};
         PlanBuilder builder(queries, keys);
         for (index_t b = 0; b < windows; ++b) {
             std::vector<index_t> sorted = sources[static_cast<std::size_t>(b)];
@@ -323,7 +329,8 @@ struct Given {
                 detail::require(sorted[i] >= 0 && sorted[i] < keys, "sources", [&] { return detail::text("indices of [0, ", keys, ")"); }, sorted[i]);
                 detail::require(i == 0 || sorted[i] != sorted[i - 1], "sources", "no key twice in a window", sorted[i]);
             }
-            const IndexSequence rows = windows == 1 ? IndexSequence::range(0, queries) : detail::targets(at, detail::window_of(keys, windows, b));
+            sorted.erase(std::lower_bound(sorted.begin(), sorted.end(), valid_keys), sorted.end());
+            const IndexSequence rows = windows == 1 ? IndexSequence::range(0, valid_queries) : detail::targets(at, detail::window_of(valid_keys, windows, b));
             detail::add_targets(builder, at, rows, detail::ascending(std::move(sorted)), causal);
         }
         return builder.build();
