@@ -1,7 +1,8 @@
 // Text classification byte by byte, on what is there: which language a passage comes from, C, C++, CMake, Perl or English (licences), or folders
-// of your own; and retrieval: do two passages come from one source?
-//   byte_classify [--task classify|retrieve] [--tokens N] [--sources NAME=FOLDER,NAME=FOLDER..] [--steps N] [--seeds N] [--test N] [--batch N]
-//                 [--folder FOLDER] [--seed N]
+// of your own; and retrieval: do two passages come from one source? There both passages go through one encoder, which learns to classify for
+// --pretrain steps first (as many as --steps, if not said): pairs alone are slow to teach it anything.
+//   byte_classify [--task classify|retrieve] [--tokens N] [--sources NAME=FOLDER,NAME=FOLDER..] [--steps N] [--pretrain N] [--seeds N] [--test N]
+//                 [--batch N] [--folder FOLDER] [--seed N]
 // Every fifth file is held out. Two-layer models with several kinds of attention; one table, as listops prints it.
 #include "attention_zoo.hpp"
 #include "experiment.hpp"
@@ -64,6 +65,7 @@ std::vector<Source> read_sources(const std::string& named, index_t tokens) {
 struct Settings : Training {
     std::string task = "classify", sources;
     index_t tokens = 1024;
+    std::int64_t pretrain = -1;  // as steps
 
     Settings() {
         folder = "byte_classify_runs";
@@ -81,16 +83,16 @@ void append_passage(RandomRow& random, const Source& source, bool held_out, inde
     for (std::size_t i = first; i < first + static_cast<std::size_t>(tokens); ++i) to.push_back(1 + static_cast<unsigned char>(text[i]));
 }
 
-Task make_task(const Settings& s, std::shared_ptr<const std::vector<Source>> sources) {
+Task make_task(const Settings& s, const std::string& task, std::shared_ptr<const std::vector<Source>> sources) {
     const auto count = static_cast<std::uint32_t>(sources->size());
-    if (s.task == "classify")
+    if (task == "classify")
         return {257, static_cast<index_t>(count), s.tokens, [=, tokens = s.tokens](std::uint64_t seed, std::uint32_t number) {
                     RandomRow random(seed, number, passage_stream);
                     Item item{{}, static_cast<index_t>(random.below(count))};
                     append_passage(random, (*sources)[static_cast<std::size_t>(item.label)], number >> 31, tokens, item.tokens);
                     return item;
                 }};
-    if (s.task == "retrieve")  // two passages, one behind the other
+    if (task == "retrieve")  // two passages, one behind the other
         return {257, 2, 2 * s.tokens, [=, tokens = s.tokens](std::uint64_t seed, std::uint32_t number) {
                     RandomRow random(seed, number, passage_stream);
                     Item item{{}, static_cast<index_t>(random.below(2))};
@@ -159,16 +161,26 @@ public:
 
 int run(const Settings& s) {
     const auto sources = std::make_shared<const std::vector<Source>>(read_sources(s.sources, s.tokens));
-    const Task task = make_task(s, sources);
+    const Task task = make_task(s, s.task, sources), passages = make_task(s, "classify", sources);
     s.announce(s.task, task);
     for (const Source& source : *sources) std::cout << source.name << ": " << source.texts[0].size() << " files to train on, " << source.texts[1].size() << " held out\n";
+    Training first = s;
+    if (s.pretrain >= 0) first.steps = s.pretrain;
+    std::string key = s.task + '/' + (s.sources.empty() ? std::string() : s.sources + '/');
+    if (s.task == "retrieve") key += std::to_string(first.steps) + " first/";
     Runs runs(s.folder);
     std::vector<Row> rows;
     const auto add = [&](const std::string& name, const auto& attention) {
         using AnyAttention = std::remove_cvref_t<decltype(attention)>;
-        const auto run_with = [&](auto&& make) { rows.push_back(run_seeds(runs, s, s.task + '/', name, task, make)); };
-        if (s.task == "classify") run_with([&](const nn::TransformerOptions& options) { return nn::Classifier<float, AnyAttention>(attention, task.vocabulary, task.classes, options, s.tokens); });
-        else run_with([&](const nn::TransformerOptions& options) { return TwoTower<float, AnyAttention>(attention, task.vocabulary, options, s.tokens); });
+        const auto classifier = [&](const nn::TransformerOptions& options) { return nn::Classifier<float, AnyAttention>(attention, passages.vocabulary, passages.classes, options, s.tokens); };
+        const auto two_tower = [&](const nn::TransformerOptions& options) {
+            TwoTower<float, AnyAttention> model(attention, task.vocabulary, options, s.tokens);
+            if (first.steps > 0) train(name + ", classifying", first, passages, options.seed, classifier, [&](const auto& trained) { model.tower.encoder = trained.encoder; });
+            return model;
+        };
+        const auto run_with = [&](auto&& make) { rows.push_back(run_seeds(runs, s, key, name, task, make)); };
+        if (s.task == "classify") run_with(classifier);
+        else run_with(two_tower);
     };
     for_each_pattern(ZooSizes::of(s.tokens), [&](const std::string& name, const Patterned& attention) {
         if (name != "sliding window" && !name.starts_with("without")) add(name, attention);
@@ -188,6 +200,7 @@ int main(int argc, char** argv) {
             if (option == "--task") settings.task = value;
             else if (option == "--sources") settings.sources = value;
             else if (option == "--tokens") settings.tokens = std::max(1, std::stoi(value));
+            else if (option == "--pretrain") settings.pretrain = std::max(0, std::stoi(value));
             else return settings.set(option, value);
             return true;
         },

@@ -73,9 +73,15 @@ struct Batch {
     }
 };
 
-/// Trains the model that make(options) returns; items with the first bit of their number set are never trained on.
-template <class Make>
-Outcome train(const std::string& name, const Training& s, const Task& task, std::uint64_t seed, const Make& make) {
+/// What may be done with a trained model: nothing.
+struct LeaveIt {
+    template <class Model>
+    void operator()(Model&) const {}
+};
+
+/// Trains the model that make(options) returns, and hands it to finish(model); items with the first bit of their number set are never trained on.
+template <class Make, class Finish = LeaveIt>
+Outcome train(const std::string& name, const Training& s, const Task& task, std::uint64_t seed, const Make& make, const Finish& finish = {}) {
     const double held = reset_peak();
     nn::TransformerOptions options = s.model;
     options.seed = seed;
@@ -115,6 +121,7 @@ Outcome train(const std::string& name, const Training& s, const Task& task, std:
     }
     outcome.accuracy = 100. * right / s.test;
     std::printf("%.1f %% right\n", outcome.accuracy);
+    finish(model);
     return outcome;
 }
 
@@ -160,7 +167,7 @@ Row run_seeds(Runs& runs, const Training& s, const std::string& prefix, const st
     for (int i = 0; i < s.seeds; ++i) {
         const std::uint64_t seed = s.seed + static_cast<std::uint64_t>(i);
         std::ostringstream key;
-        key << prefix << task.tokens << '/' << s.steps << '/' << s.test << '/' << seed << '/' << name;
+        key << prefix << task.tokens << '/' << s.steps << " x " << s.batch << '/' << s.test << '/' << seed << '/' << name;
         const Outcome outcome = runs.get(key.str(), [&] { return train(name, s, task, seed, make); });
         accuracies.push_back(outcome.accuracy);
         row.accuracy += outcome.accuracy / s.seeds;

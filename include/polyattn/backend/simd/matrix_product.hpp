@@ -41,9 +41,9 @@ class MatrixProduct {
     using V = Vec<T, A>;
     using Tiles = Tiling<T, A>;
     static constexpr int panel = Tiles::columns * Tiles::lanes;
-    /// A panel of b and half a group of rows of a fit the first-level cache; with 24 accumulators the second is fast enough. The packed
+    /// A panel of b and a group of rows of a fit a first-level cache of 32 KB; with 24 accumulators the second is fast enough. The packed
     /// rows of a stay in the second.
-    static constexpr index_t inner_block = Tiles::registers == 32 ? 256 : 32768 / (panel * static_cast<index_t>(sizeof(T))) / 8 * 8;
+    static constexpr index_t inner_block = Tiles::registers == 32 ? 256 : 16384 / (panel * static_cast<index_t>(sizeof(T))) / 8 * 8;
     static constexpr index_t row_block = 64;
     /// Up to so many values of b are packed while others are worked on, as both stay in the second-level cache.
     static constexpr offset_t packed_values = (offset_t{640} << 10) / static_cast<offset_t>(sizeof(T));
