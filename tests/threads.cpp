@@ -67,6 +67,22 @@ TEST_CASE("one head split over threads, many heads side by side: the same bits")
     set_threads(before);
 }
 
+TEST_CASE("two heads, one after the other on eight threads: the same bits") {
+    POLYATTN_RANDOM(random);
+    const int before = worker_count();
+    const index_t n = 1500, dim = 96;
+    CallOptions options;
+    options.plan = LocalGlobalRandom{.window = 16, .globals = 5, .randoms = 4, .seed = random.seed()}.plan(n, n);
+    REQUIRE(detail::Work{.flops = 2. * static_cast<double>(options.plan->count()) * (3 * dim), .meetings = 4}.gains_from_threads(2, 8));
+    const auto q = random.tensor<float>({1, 2, n, dim}), k = random.tensor<float>({1, 2, n, dim}), v = random.tensor<float>({1, 2, n, dim});
+    const Fast layer{AnyDiffusion{PPR<2>{}.recursion()}};
+    set_threads(1);
+    const auto one = run(layer, options, q, k, v);
+    set_threads(8);
+    CHECK(run(layer, options, q, k, v) == one);
+    set_threads(before);
+}
+
 TEST_CASE("heads that are fewer than threads share these only where that pays") {
     using detail::Work;
     CHECK(Work{.flops = 1e9, .meetings = 1}.gains_from_threads(1, 2));
