@@ -199,8 +199,8 @@ int main(int argc, char** argv) {
         [&](const std::string& option, const std::string& value) {
             if (option == "--task") settings.task = value;
             else if (option == "--sources") settings.sources = value;
-            else if (option == "--tokens") settings.tokens = std::max(1, std::stoi(value));
-            else if (option == "--pretrain") settings.pretrain = std::max(0, std::stoi(value));
+            else if (option == "--tokens") settings.tokens = number_of(option, value, 1);
+            else if (option == "--pretrain") settings.pretrain = number_of<std::int32_t>(option, value, 0);
             else return settings.set(option, value);
             return true;
         },

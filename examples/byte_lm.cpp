@@ -73,7 +73,7 @@ Settings parse(int argc, char** argv) {
         };
         if (argument == "--setting") settings.use(value());
         else if (argument == "--folder") settings.folder = value();
-        else if (argument == "--seed") settings.seed = std::stoull(value());
+        else if (argument == "--seed") settings.seed = number_of<std::uint64_t>(argument, value(), 0);
         else if (argument == "--only") settings.only = value();
         else if (argument == "--prompt") settings.prompt = value();
         else if (argument == "--device") settings.device = value();

@@ -39,11 +39,11 @@ struct Training {
 
     bool set(const std::string& option, const std::string& value) {
         if (option == "--folder") folder = value;
-        else if (option == "--steps") steps = std::max(1, std::stoi(value));
-        else if (option == "--seeds") seeds = std::max(1, std::stoi(value));
-        else if (option == "--test") test = std::max(1, std::stoi(value));
-        else if (option == "--batch") batch = std::max(1, std::stoi(value));
-        else if (option == "--seed") seed = std::stoull(value);
+        else if (option == "--steps") steps = number_of<std::int32_t>(option, value, 1);
+        else if (option == "--seeds") seeds = number_of(option, value, 1);
+        else if (option == "--test") test = number_of(option, value, 1);
+        else if (option == "--batch") batch = number_of(option, value, 1);
+        else if (option == "--seed") seed = number_of<std::uint64_t>(option, value, 0);
         else return false;
         return true;
     }

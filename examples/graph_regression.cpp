@@ -171,9 +171,9 @@ int main(int argc, char** argv) {
     return run_program(
         "graph_regression", argc, argv,
         [&](const std::string& option, const std::string& value) {
-            if (option == "--steps") settings.steps = std::max(1, std::stoi(value));
-            else if (option == "--graphs") settings.graphs = static_cast<std::uint32_t>(std::max(10, std::stoi(value)));
-            else if (option == "--seed") settings.seed = std::stoull(value);
+            if (option == "--steps") settings.steps = number_of<std::int32_t>(option, value, 1);
+            else if (option == "--graphs") settings.graphs = number_of<std::uint32_t>(option, value, 10);
+            else if (option == "--seed") settings.seed = number_of<std::uint64_t>(option, value, 0);
             else return false;
             return true;
         },

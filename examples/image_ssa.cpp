@@ -237,10 +237,10 @@ int main(int argc, char** argv) {
     return run_program(
         "image_ssa", argc, argv,
         [&](const std::string& option, const std::string& value) {
-            if (option == "--steps") settings.steps = std::max(1, std::stoi(value));
+            if (option == "--steps") settings.steps = number_of<std::int32_t>(option, value, 1);
             else if (option == "--folder") settings.folder = value;
-            else if (option == "--held-out") settings.held_out = std::stoul(value);
-            else if (option == "--seed") settings.seed = std::stoull(value);
+            else if (option == "--held-out") settings.held_out = number_of<std::uint32_t>(option, value, 1);
+            else if (option == "--seed") settings.seed = number_of<std::uint64_t>(option, value, 0);
             else return false;
             return true;
         },

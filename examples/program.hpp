@@ -1,11 +1,13 @@
 #pragma once
 // What the examples' main() functions share.
 
+#include <charconv>
 #include <chrono>
 #include <cstdio>
 #include <fstream>
 #include <functional>
 #include <iostream>
+#include <limits>
 #include <stdexcept>
 #include <string>
 #if defined(__GLIBC__)
@@ -14,6 +16,17 @@
 
 /// Seconds of a clock that only goes forward.
 inline double now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
+
+/// The whole number that `value` is. Throws if it is none, or below `least`.
+template <class Number>
+Number number_of(const std::string& option, const std::string& value, Number least) {
+    Number number{};
+    const char* const last = value.data() + value.size();
+    const auto [end, error] = std::from_chars(value.data(), last, number);
+    if (error != std::errc() || end != last || number < least)
+        throw std::runtime_error(option + " must be a whole number from " + std::to_string(least) + " to " + std::to_string(std::numeric_limits<Number>::max()) + ", not " + value);
+    return number;
+}
 
 /// set(option, value) for each pair of "--option value", then run(); what is thrown becomes a message and status 1. set returns whether it
 /// knows the option.
