@@ -119,6 +119,20 @@ TEST_CASE("hashing, causal: later tokens change no bit of earlier outputs") {
     }
 }
 
+TEST_CASE("hashing, causal: lengths of queries and keys move no position where both are equally many") {
+    POLYATTN_RANDOM(random);
+    const index_t n = 12;
+    const Attention layer{LocalitySensitiveHashing{.buckets = 2, .rounds = 40, .causal = true, .seed = random.seed()}};  // nearly every pair
+    const auto x = random.tensor<float>({1, 1, n, 3});
+    for (const auto& [queries, keys] : {std::pair{7, n}, std::pair{n, 7}, std::pair{9, 9}}) {
+        const Plan plan = layer.forward(x.view(), x.view(), x.view(), {.key_lengths = {keys}, .query_lengths = {queries}}).saved.plan();
+        for (index_t i = 0; i < n; ++i) {
+            plan.for_each_key(i, [&](index_t j) { CHECK(j <= i); });
+            CHECK(plan.contains(i, i) == (i < std::min(queries, keys)));
+        }
+    }
+}
+
 TEST_CASE("clusters: keys that lie apart are seen by the queries beside them alone") {
     POLYATTN_RANDOM(random);
     const index_t n = 30, d = 3;

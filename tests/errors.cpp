@@ -3,6 +3,7 @@
 
 #include <polyattn/analysis/expander.hpp>
 #include <polyattn/analysis/receptive_field.hpp>
+#include <polyattn/analysis/sensitivity.hpp>
 #include <polyattn/polyattn.hpp>
 
 #include <doctest/doctest.h>
@@ -208,5 +209,8 @@ TEST_CASE("analysis") {
         {"steps", "a number >= 1", "0", [] { walk_extremes(Dense{}.plan(4, 4), 0); }},
         {"steps", "a number >= 10", "9", [] { second_eigenvalue(Dense{}.plan(4, 4), 9); }},
         {"start", "a token of the plan", "9", [] { mixing_distance(Dense{}.plan(4, 4), 9, 1); }},
+        {"plan", "at least 2 tokens", "0", [] { expander(Plan{}); }},
+        {"x", "[tokens, dim]", "rank 1", [] { shift_sensitivity([](const Tensor<double>& x) { return x; }, Tensor<double>({5})); }},
+        {"f", "a map to [5, any]", "[2, 3]", [] { shift_sensitivity([](const Tensor<double>&) { return Tensor<double>({2, 3}); }, Tensor<double>({5, 3})); }},
     });
 }

@@ -341,6 +341,18 @@ TEST_CASE("a batch of caches of different lengths gives what each item gives alo
     }
     CHECK_THROWS_AS((Attention{Longformer{.window = 6, .tokens = {40}}}(q, k, v, {.key_lengths = key_lengths})), invalid_input);
     CHECK_THROWS_AS((Attention{Given{{{0, 40}}}}(q, k, v, {.key_lengths = key_lengths})), invalid_input);
+    // Whether a sampler fits does not hang on the lengths.
+    for (const std::vector<index_t>& lengths : {std::vector<index_t>{}, std::vector<index_t>{40, 17, 9, 23}}) {
+        CHECK_THROWS_AS((Attention{LocallyBiased<41>{}}(q, k, v, {.key_lengths = lengths})), invalid_input);
+        CHECK_THROWS_AS((Attention{Given{std::vector<std::vector<index_t>>(41)}}(q, k, v, {.key_lengths = lengths})), invalid_input);
+    }
+    CHECK_THROWS_AS((Attention{LocallyBiased<2>{}}(q, k, v, {.key_lengths = {40, 4, 9, 23}})), invalid_input);  // five queries, four keys
+    CHECK_THROWS_AS((Attention{Given{{{0}, {1}}}}(q, k, v, {.key_lengths = {40, 4, 9, 23}})), invalid_input);
+    const xt::xtensor<double, 4> eight = xt::ones<double>({2, 1, 8, 2}), ten = xt::ones<double>({2, 1, 10, 2});
+    for (const bool per_item : {false, true}) {  // BigBird is of as many queries as keys, which the items have
+        const xt::xtensor<double, 4> out = Attention{BigBird<2>{}, Unbiased{.drop = .2, .per_item = per_item}}(eight, ten, ten, {.key_lengths = {8, 5}, .query_lengths = {8, 0}});
+        CHECK(xt::amax(xt::abs(xt::view(out, 1, xt::all(), xt::all(), xt::all())))() == 0);
+    }
     // Nothing to see, and nobody who looks.
     for (const CallOptions& options : {CallOptions{.key_lengths = {40, 0, 9, 23}}, CallOptions{.key_lengths = {40, 0, 9, 23}, .query_lengths = {5, 0, 5, 5}}}) {
         const auto nothing = [&](const auto& attention) {
@@ -349,7 +361,7 @@ TEST_CASE("a batch of caches of different lengths gives what each item gives alo
             CHECK(xt::amin(xt::abs(xt::view(out, 2, xt::all(), xt::all(), xt::all())))() > 0);
         };
         nothing(Attention{Longformer{.window = 60}});
-        nothing(Attention{LocallyBiased<2>{}});
+        nothing(Attention{LocallyBiased<12>{}});  // more windows than item 2 has keys
         nothing(Attention{Unbiased{.per_item = true}});
         nothing(Attention{LocalGlobalRandom{}});
     }

@@ -616,6 +616,7 @@ TEST_CASE("self-ensembles: means, variances, inequalities") {
         CHECK(std::abs(outputs.mean()[0] - 3.5) < 6 * std::sqrt(.75 / size / ensembles));
         CHECK(std::abs(outputs.variance()[0] - .75 / size) < 6 * .75 / size * std::sqrt(2. / ensembles));
     }
+    CHECK_THROWS_AS((nn::SelfEnsemble(2, {1.}, {-5.})), invalid_input);
 }
 
 TEST_CASE("sliding windows count every token once, with context in front") {

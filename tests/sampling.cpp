@@ -580,6 +580,9 @@ TEST_CASE("sigma over depth, and what samplers refuse") {
     const index_t order[] = {1, 0};
     refuses("k", [&] { Given::first_of(order, 3); });
     refuses("windows", [&] { Given::windows_of(order, 3); });
+    refuses("n", [] { relative_compute(2, 1, 2, 0, 8); });
+    refuses("d", [] { relative_compute(2, 1, 2, 8, 0); });
+    refuses("fine_tuned", [] { relative_compute(2, 1, 2, 8, 8, 7); });
     refuses("windows", [] { sampling_probability(4, 5, .1); });
     refuses("draws", [] { sampling_frequency(Unbiased{}, 4, 4, false, 0, 1); });
     refuses("layers", [] { reachable_share(Unbiased{}, 4, 0, false, 1, 1); });

@@ -41,6 +41,7 @@ public:
     /// The plans of a call with a batch: one for all items, or one for each where the sampler draws per item or the options name them.
     /// Throws invalid_input.
     std::vector<Plan> plans(index_t batch, index_t queries, index_t keys, const CallOptions& options) const {
+        static_assert(!data_dependent, "polyattn: this pattern depends on q and k; the plans of a call are in forward().saved.plan(batch, head)");
         check_lengths(options.key_lengths, batch, keys, "key_lengths");
         check_lengths(options.query_lengths, batch, queries, "query_lengths");
         const Plans found = plans_for(options, batch, 1, queries, keys);
@@ -102,10 +103,12 @@ protected:
         return made;
     }
     Plan make_plan(Valid valid, Valid all, const Draw& draw) const {
-        if (valid != all && (valid.queries == 0 || valid.keys == 0)) return PlanBuilder(all.queries, all.keys).build();
+        if (is_empty_item(valid, all)) return PlanBuilder(all.queries, all.keys).build();
         if constexpr (!samples) return padded_plan(pattern_, valid.queries, valid.keys, all.queries, all.keys);
         else return thinned(padded_sample(sampler_, valid.queries, valid.keys, all.queries, all.keys, draw, is_causal<Pattern>()), valid);
     }
+    /// Nobody who looks or nothing to see, in a batch that has both: patterns need not know plans without queries or keys.
+    static bool is_empty_item(Valid valid, Valid all) { return valid != all && (valid.queries == 0 || valid.keys == 0); }
     Plan thinned(Plan sampled, Valid valid) const {
         if constexpr (std::is_same_v<Pattern, Dense>) return sampled;
         else return intersect(padded_plan(pattern_, valid.queries, valid.keys, sampled.queries(), sampled.keys()), sampled);
@@ -137,11 +140,15 @@ protected:
             check(*options.plan, "plan");
             plans.shared = *options.plan;
         } else if (draws_per_item()) {
-            if constexpr (PerItemSampler<Sampler>)
+            if constexpr (PerItemSampler<Sampler>) {
+                const Valid all{queries, keys};
+                const bool differ = positions_differ(options, queries, keys);
                 for (index_t b = 0; b < batch; ++b) {
-                    const Valid item = valid_of(options, b, queries, keys), placed = positions_differ(options, queries, keys) ? item : Valid{queries, keys};
-                    plans.drawn.push_back(thinned(extended(sampler_.sample_item(placed.queries, placed.keys, b, item.keys, options.draw, is_causal<Pattern>()), queries, keys), placed));
+                    const Valid item = valid_of(options, b, queries, keys), placed = differ ? item : all;
+                    plans.drawn.push_back(is_empty_item(placed, all) ? PlanBuilder(queries, keys).build()
+                                                                     : thinned(extended(sampler_.sample_item(placed.queries, placed.keys, b, item.keys, options.draw, is_causal<Pattern>()), queries, keys), placed));
                 }
+            }
             plans.items = plans.drawn;
         } else if constexpr (!data_dependent) {
             if ((samples || !std::is_same_v<Pattern, Dense>) && positions_differ(options, queries, keys)) {

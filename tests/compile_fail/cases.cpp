@@ -2,6 +2,8 @@
 #include <polyattn/polyattn.hpp>
 #if defined(CASE_bias_without_table) || defined(CASE_causal_resolutions)
 #include <polyattn/nn/transformer.hpp>
+#elif defined(CASE_subsampled_hashing)
+#include <polyattn/nn/subsampling.hpp>
 #endif
 
 using namespace polyattn;
@@ -95,6 +97,12 @@ int main() {
 #elif defined(CASE_plan_of_hashing)
     Attention<LocalitySensitiveHashing> attention;
     attention.plan(4, 4);
+#elif defined(CASE_plans_of_hashing)
+    Attention<LocalitySensitiveHashing> attention;
+    attention.plans(1, 4, 4, {});
+#elif defined(CASE_subsampled_hashing)
+    Attention<> attention;
+    nn::subsampled(LocalitySensitiveHashing{}, AllSources{});
 #elif defined(CASE_logsumexp_of_kernel)
     Attention<Kernel<ReLU>> attention;
     attention.with_logsumexp(x, x, x);

@@ -25,9 +25,10 @@ struct Expander {
     offset_t degree;
     double epsilon;
 };
-/// Throws invalid_input unless the plan is symmetric and regular.
+/// Throws invalid_input unless the plan is symmetric and regular and has two tokens or more.
 inline Expander expander(const Plan& plan) {
     const UniformWalk walk(plan);
+    detail::require(walk.tokens() >= 2, "plan", "at least 2 tokens", walk.tokens());
     for (std::size_t i = 1; i < walk.tokens(); ++i)
         detail::require(walk.degree(i) == walk.degree(0), "plan", "a regular one: the same number of keys a query", walk.degree(i));
     return {walk.degree(0), walk_extremes(plan).second()};

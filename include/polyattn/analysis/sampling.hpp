@@ -112,11 +112,14 @@ std::vector<double> reachable_share(const Sampler& sampler, index_t n, int layer
 
 /// Multiplications of a transformer with SSA in `sampled` of its layers and `windows` windows, relative to the dense one:
 /// 1 - (sampled / layers) (1 - 1 / windows) n / (n + 6 d). `fine_tuned` is the share of training that is dense.
-/// Source: SSA (KDD 2023), table 1, there n = 3072 or 4096, d = 1024.
+/// Throws invalid_input. Source: SSA (KDD 2023), table 1, there n = 3072 or 4096, d = 1024.
 inline double relative_compute(index_t layers, index_t sampled, index_t windows, index_t n, index_t d, double fine_tuned = 0) {
     detail::require(layers >= 1, "layers", "a number >= 1", layers);
     detail::require(sampled >= 0 && sampled <= layers, "sampled", [&] { return detail::text("a number of layers from 0 to ", layers); }, sampled);
     detail::require(windows >= 1, "windows", "a number >= 1", windows);
+    detail::require(n >= 1, "n", "a number of tokens >= 1", n);
+    detail::require(d >= 1, "d", "a number of columns >= 1", d);
+    detail::require_in_range(fine_tuned, 0, 1, "fine_tuned", "a share from 0 to 1");
     const double c = 1 - double(sampled) / double(layers) * (1 - 1. / double(windows)) * double(n) / (double(n) + 6. * double(d));
     return (1 - fine_tuned) * c + fine_tuned;
 }

@@ -29,6 +29,7 @@ struct LayerMask {
 /// is subsampled(Causal{}, LocallyBiased<4>{...}, LayerRange::last_of(12, 16)), its W14-S10 leaves out the last two: LayerRange{4, 14}.
 template <SparsityPattern Pattern, SamplerPolicy Sampler, class Layers = LayerRange>
 PlanSource subsampled(Pattern pattern, Sampler sampler, Layers layers = {}) {
+    static_assert(!DataDependentPattern<Pattern>, "polyattn: subsampled() draws plans before q and k are known; give this pattern to the layers' Attention instead");
     const polyattn::Attention<Pattern, Sampler> checked{pattern, sampler};  // throws or fails to compile where they don't fit
     return [=](const LayerCall& call) -> std::vector<Plan> {
         if (!layers.contains(call.layer)) return {};
@@ -58,6 +59,7 @@ public:
     SelfEnsemble(std::int64_t samples, std::vector<double> mean, std::vector<double> squares) : count_(samples), mean_(std::move(mean)), squares_(std::move(squares)) {
         detail::require(samples >= 0, "samples", "a number >= 0", samples);
         detail::require(squares_.size() == mean_.size(), "squares", [&] { return detail::text(mean_.size(), " numbers"); }, squares_.size());
+        for (const double square : squares_) detail::require(!(square < 0), "squares", "numbers >= 0", square);
     }
 
     template <class T>

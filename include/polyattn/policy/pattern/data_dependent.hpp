@@ -102,8 +102,10 @@ struct LocalitySensitiveHashing {
             more.offsets.push_back(more.count());
         }
         const Plan all = detail::unchecked_plan(queries, keys, {first.tiles().begin(), first.tiles().end()}, std::move(more));
-        // Padding behind the valid ones moves no position.
-        return causal ? intersect(all, extended(Causal{}.plan(valid_queries, static_cast<index_t>(in_round(of_key, 0).size())), queries, keys)) : all;
+        if (!causal) return all;
+        // The last valid query stands at the last valid key; with as many queries as keys each stands at its own, whatever is valid.
+        const auto valid_keys = static_cast<index_t>(in_round(of_key, 0).size());
+        return intersect(all, queries == keys ? Causal{}.plan(queries, keys) : extended(Causal{}.plan(valid_queries, valid_keys), queries, keys));
     }
 };
 
@@ -134,7 +136,7 @@ struct RoutedClusters {
 
 /// Sparse Sinkhorn attention in its hard form: a query's block of tokens, and the block that a matching of blocks assigns to it. The matching
 /// starts from the products of the blocks' mean queries and keys, makes them doubly stochastic by normalising rows and columns in turn, and
-/// takes the largest entries one by one. The paper mixes blocks by a learned soft matrix in training. As many keys as queries.
+/// takes the largest entries one by one. The paper mixes blocks by a learned soft matrix in training. As many keys as queries, of which those count that are valid as both.
 /// O((n / block)^2 (d + iterations + log n)) to make, and (n / block)^2 numbers of memory. Source: Tay et al., "Sparse Sinkhorn attention" (2020), sections 3.1 and 3.2.
 struct SinkhornBlocks {
     using policy_kind = sparsity_pattern_kind;

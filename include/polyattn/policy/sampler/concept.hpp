@@ -12,7 +12,7 @@ POLYATTN_BEGIN_NAMESPACE
 /// - `static constexpr bool has_causal_form = false`: beside a causal pattern it is one static_assert.
 /// - sample_padded(valid_queries, valid_keys, queries, keys, draw, causal): as plan_padded() of patterns.
 /// - draws_per_item() and sample_item(queries, keys, batch item, valid keys, draw, causal): where the first is true, every item of the batch
-///   has a plan of its own.
+///   has a plan of its own. Where queries and keys are not equally many, these two numbers are the item's valid ones.
 template <class P>
 concept SamplerPolicy = PolicyOf<P, sampler_kind> && requires(const P& sampler, index_t n, const Draw& draw) {
     { sampler.sample(n, n, draw, true) } -> std::same_as<Plan>;

@@ -166,7 +166,8 @@ private:
 /// window b see the keys pi[bw .. (b + 1)w). sigma = 0 is block-diagonal attention, infinite_sigma a random partition. Causal: window b
 /// shuffles the keys before its own end and keeps the last w slots, of which a query sees those up to its own position: at least one.
 /// Query i stands at position i + keys - queries. n^2 / L pairs; drawing costs O(n log n), causal O(L n log n).
-/// Throws invalid_input if there are fewer keys than windows, or more queries than keys. Source: SSA (KDD 2023), sections 3.1 and 3.2.
+/// Throws invalid_input if there are fewer keys than windows, or more queries than keys; of a short item of a ragged batch windows may be empty.
+/// Source: SSA (KDD 2023), sections 3.1 and 3.2.
 template <int L>
 struct LocallyBiased {
     static_assert(L >= 1, "polyattn: LocallyBiased<L> needs L >= 1 windows");
@@ -174,16 +175,17 @@ struct LocallyBiased {
     OverDepth sigma = .1;
 
     void validate() const { detail::validate_sigma(sigma); }
-    Plan sample(index_t queries, index_t keys, const Draw& draw, bool causal) const {
+    Plan sample(index_t queries, index_t keys, const Draw& draw, bool causal) const { return sample_padded(queries, keys, queries, keys, draw, causal); }
+    Plan sample_padded(index_t valid_queries, index_t valid_keys, index_t queries, index_t keys, const Draw& draw, bool causal) const {
         detail::require_windows("L of LocallyBiased", L, keys);
-        detail::require_not_more_queries("LocallyBiased", queries, keys);
-        const detail::Alignment at{queries, keys};
+        detail::require_not_more_queries("LocallyBiased", valid_queries, valid_keys);
+        const detail::Alignment at{valid_queries, valid_keys};
         PlanBuilder builder(queries, keys);
-        detail::NoisyOrder noisy(draw, random_stream::shuffled_keys, sigma.at(draw.layer) * keys);
+        detail::NoisyOrder noisy(draw, random_stream::shuffled_keys, sigma.at(draw.layer) * valid_keys);
         std::span<const index_t> order;
-        if (!causal) order = noisy(keys, 0);
+        if (!causal) order = noisy(valid_keys, 0);
         for (index_t b = 0; b < L; ++b) {
-            const Bounds window = detail::window_of(keys, L, b);
+            const Bounds window = detail::window_of(valid_keys, L, b);
             const IndexSequence rows = detail::targets(at, window);
             if (rows.empty()) continue;
             if (causal) order = noisy(window.end, static_cast<std::uint32_t>(b));
@@ -312,14 +314,12 @@ struct Given {
     }
 
     void validate() const { detail::require(!sources.empty(), "sources", "a list for each window", "none"); }
-    Plan sample(index_t queries, index_t keys, const Draw& draw, bool causal) const {
-        detail::require_windows("windows of sources", static_cast<index_t>(sources.size()), keys);
-        if (sources.size() > 1) detail::require_not_more_queries("Given", queries, keys);
-        return sample_padded(queries, keys, queries, keys, draw, causal);
-    }
-    /// Windows are those of the valid keys; indices behind them are left out.
+    Plan sample(index_t queries, index_t keys, const Draw& draw, bool causal) const { return sample_padded(queries, keys, queries, keys, draw, causal); }
+    /// Windows are those of the valid keys and may be empty; indices behind the valid keys are left out.
     Plan sample_padded(index_t valid_queries, index_t valid_keys, index_t queries, index_t keys, const Draw&, bool causal) const {
         const auto windows = static_cast<index_t>(sources.size());
+        detail::require_windows("windows of sources", windows, keys);
+        if (windows > 1) detail::require_not_more_queries("Given", valid_queries, valid_keys);
         const detail::Alignment at{valid_queries, valid_keys};
         PlanBuilder builder(queries, keys);
         for (index_t b = 0; b < windows; ++b) {
