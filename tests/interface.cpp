@@ -315,7 +315,9 @@ TEST_CASE("a batch of caches of different lengths gives what each item gives alo
     for (double& entry : table.table) entry = random.normal();
     const std::vector<index_t> ones(4, 1);
     const std::pair<index_t, std::vector<index_t>> calls[] = {{queries, query_lengths}, {index_t{1}, ones}};
-    for (const auto& [asked, lengths] : calls) {
+    for (const auto& call : calls) {
+        const index_t asked = call.first;
+        const std::vector<index_t>& lengths = call.second;
         check(Attention<Causal>{}, asked, lengths);
         check(Attention{CausalSlidingWindow{.window = 6}}, asked, lengths);
         check(Attention{SlidingWindow{.window = 8}, Alibi(2)}, asked, lengths);

@@ -247,12 +247,14 @@ inline bool same_pairs(const Plan& a, const Plan& b) {
     if (std::equal(a.tiles().begin(), a.tiles().end(), b.tiles().begin(), b.tiles().end(), same_tile) && a.edges().keys == b.edges().keys && a.edges().offsets == b.edges().offsets) return true;
     if (a.count() != b.count()) return false;
     std::vector<index_t> of_a, of_b;
+    const auto read_row = [](const Plan& plan, index_t i, std::vector<index_t>& keys) {
+        keys.clear();
+        plan.for_each_key(i, [&](index_t key) { keys.push_back(key); });
+        std::sort(keys.begin(), keys.end());
+    };
     for (index_t i = 0; i < a.queries(); ++i) {
-        for (const auto& [plan, row] : {std::pair{&a, &of_a}, std::pair{&b, &of_b}}) {
-            row->clear();
-            plan->for_each_key(i, [&](index_t key) { row->push_back(key); });
-            std::sort(row->begin(), row->end());
-        }
+        read_row(a, i, of_a);
+        read_row(b, i, of_b);
         if (of_a != of_b) return false;
     }
     return true;
