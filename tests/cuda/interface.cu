@@ -174,6 +174,107 @@ TEST_CASE("plans made on the device give the same bits, and the host never asks 
     check(Attention<LocalGlobalRandom, LocallyBiased<3>, Cuda>{LocalGlobalRandom{.window = 6, .globals = 2, .randoms = 12}, LocallyBiased<3>{}}, {.seed = random.seed(), .step = 2});
 }
 
+TEST_CASE("forward() never adds, forward_into() does if told") {
+    POLYATTN_RANDOM(random);
+    const auto x = to_device(random.tensor<double>({20, 4}));
+    const auto check = [&](const auto& layer) {
+        const auto wanted = to_host(layer(x.view(), x.view(), x.view())).values;
+        CudaOptions options;
+        options.accumulate = true;
+        auto [out, saved] = layer.forward(x.view(), x.view(), x.view(), options);
+        CHECK(to_host(out).values == wanted);
+        layer.forward_into(out.view(), saved, x.view(), x.view(), x.view(), options);
+        const auto twice = to_host(out).values;
+        for (std::size_t i = 0; i < wanted.size(); ++i) CHECK(twice[i] == 2 * wanted[i]);
+    };
+    check(Attention<Cuda>{});
+    check(Attention<SegmentMeans<2>, Cuda>{});
+}
+
+namespace {
+
+/// Rows of a table for queries and keys below `tokens` alone, which only a device may know.
+struct Below {
+    index_t tokens;
+    POLYATTN_HOST_DEVICE index_t operator()(index_t, index_t query, index_t key) const { return query < tokens && key < tokens ? 0 : -1; }
+};
+
+}  // namespace
+
+TEST_CASE("biases are not asked for padding") {
+    POLYATTN_RANDOM(random);
+    const index_t n = 150, valid = 100;
+    const auto host = random.tensor<float>({n, 4});
+    const auto x = to_device(host), d_out = to_device(random.tensor<float>({n, 4}));
+    using Biased = TableBias<Below>;
+    const Biased bias{Below{valid}, 1, {.5}};
+    CudaOptions options;
+    options.key_lengths = {valid};
+    const auto check = [&](const auto& layer, const auto& plain) {
+        const auto [out, saved] = layer.forward(x.view(), x.view(), x.view(), options);
+        const auto gradients = layer.backward(saved, d_out.view());
+        // One number added to all scores changes nothing but roundings.
+        const auto [without, saved_without] = plain.forward(x.view(), x.view(), x.view(), options);
+        const auto a = to_host(out).values, b = to_host(without).values, c = to_host(gradients.v).values, d = to_host(plain.backward(saved_without, d_out.view()).v).values;
+        for (std::size_t i = 0; i < a.size(); ++i) {
+            CHECK(a[i] == doctest::Approx(b[i]).epsilon(1e-4));
+            CHECK(c[i] == doctest::Approx(d[i]).epsilon(1e-4));
+        }
+    };
+    const LocalGlobalRandom pattern{.window = 8, .globals = 3, .randoms = 4};
+    check(Attention<Biased, Cuda>{bias}, Attention<Cuda>{});
+    check(Attention<LocalGlobalRandom, Biased, Cuda>{pattern, bias}, Attention<LocalGlobalRandom, Cuda>{pattern});
+    std::vector<__half> narrow;
+    for (const float value : host.values) narrow.push_back(__float2half(value));
+    const CudaTensor<__half> half(narrow.data(), {n, 4});
+    const auto values = [&](const auto& layer) {
+        std::vector<__half> out(narrow.size());
+        layer(half.view(), half.view(), half.view(), options).copy_to(out.data());
+        return out;
+    };
+    const auto biased = values(Attention<Biased, Cuda>{bias}), without = values(Attention<Cuda>{});
+    for (std::size_t i = 0; i < without.size(); ++i) CHECK(std::abs(__half2float(biased[i]) - __half2float(without[i])) <= 1e-2);
+}
+
+TEST_CASE("a pass that threw is none, and each kind of layer takes its own") {
+    POLYATTN_RANDOM(random);
+    const auto x = to_device(random.tensor<float>({20, 4})), longer = to_device(random.tensor<float>({30, 4}));
+    const auto check = [&](const auto& layer) {
+        auto [out, saved] = layer.forward(x.view(), x.view(), x.view());
+        const auto wanted = to_host(layer.backward(saved, x.view()).q).values;
+        CHECK(argument([&] { layer.forward_into(out.view(), saved, longer.view(), longer.view(), longer.view()); }) == "out");
+        CHECK(to_host(layer.backward(saved, x.view()).q).values == wanted);  // nothing was changed
+        return std::move(saved);
+    };
+    const auto softmax = check(Attention<Cuda>{});
+    const auto kernel = check(Attention<Kernel<EluPlusOne>, Cuda>{});
+    const auto compressed = check(Attention<SegmentMeans<2>, Cuda>{});
+    const auto compressed_kernel = check(Attention<SegmentMeans<2>, Kernel<EluPlusOne>, Cuda>{});
+    const auto refused = [&](const auto& layer, const auto& saved) {
+        CHECK(argument([&] { layer.backward(saved, x.view()); }) == "saved");
+        CHECK(argument([&] { layer.backward_workspace_bytes(saved); }) == "saved");
+    };
+    refused(Attention<Cuda>{}, CudaSaved<float>{});
+    refused(Attention<Cuda>{}, kernel);
+    refused(Attention<Cuda>{}, compressed);
+    refused(Attention<Kernel<EluPlusOne>, Cuda>{}, softmax);
+    refused(Attention<SegmentMeans<2>, Cuda>{}, softmax);
+    refused(Attention<SegmentMeans<2>, Cuda>{}, compressed_kernel);
+    refused(Attention<SegmentMeans<2>, Kernel<EluPlusOne>, Cuda>{}, compressed);
+    CHECK(argument([&] { Attention<Alibi, Cuda>{Alibi(2)}.backward(softmax, x.view()); }) == "heads of Alibi");
+
+    // Memory that runs out in the middle of a pass.
+    const auto huge = tensor_view(x.data(), {1024, 1 << 30, 1}, {0, 0, 1});
+    const Attention<Kernel<EluPlusOne>, Cuda> linear;
+    auto of_linear = linear.forward(x.view(), x.view(), x.view());
+    CHECK_THROWS_AS(linear.forward_into(huge, of_linear.saved, huge, huge, huge), const cuda_error&);
+    refused(linear, of_linear.saved);
+    CHECK(argument([&] { CudaTensor<float>({offset_t{1} << 40, offset_t{1} << 40}); }) == "extents");
+    CHECK(argument([&] { CudaTensor<float>({4, -1}); }) == "extents");
+    const auto items = tensor_view(x.data(), {1 << 16, 1 << 16, 1, 1}, {0, 0, 0, 1});
+    CHECK(argument([&] { Attention<Cuda>{}.into(items, items, items, items); }) == "q");
+}
+
 TEST_CASE("errors name the argument, or the call") {
     const auto layer = make_layer();
     const std::vector<float> zeros(64, 0);

@@ -36,6 +36,17 @@ void check(Random& random, const Layer& layer, index_t reach, index_t dim, index
     // Two layers of some hundred roundings each, which layer norms may enlarge a hundredfold: an estimate.
     for (index_t i = 0; i < wanted.rows; ++i)
         for (index_t c = 0; c < vocabulary; ++c) CHECK(std::abs(got[static_cast<std::size_t>(i * vocabulary + c)] - wanted(i, c)) <= 1e5 * 0x1p-53 * largest);
+    const auto shape_refused = [&](const char* name) {
+        auto others = parameters;
+        auto& shape = others.at(name).shape;
+        ++shape.back();
+        others.at(name) = random.tensor<double>(shape);
+        CHECK(argument([&] { device_logits(others, {heads, key_heads, pre_norm, reach}, tokens, batch, lengths); }) == name);
+    };
+    for (const char* name : {"head.weight", "head.bias", "block.0.attention.project.weight", "block.1.attention.merge.weight", "block.0.feed_forward.down.weight", "block.1.feed_forward.up.bias", "block.1.attention_norm.weight"}) shape_refused(name);
+    if (positions > 0) shape_refused("position.weight");
+    if (reach >= 0) shape_refused("block.1.attention.bias_table");
+    if (key_heads > 1) CHECK(argument([&] { device_logits(parameters, {heads, 1, pre_norm, reach}, tokens, batch, lengths); }) == "block.0.attention.project.weight");
     auto missing = parameters;
     missing.erase("head.bias");
     CHECK(argument([&] { device_logits(missing, {heads, key_heads, pre_norm, reach}, tokens, batch, lengths); }) == "parameters");

@@ -38,6 +38,17 @@ TEST_CASE("biases and their gradients") {
             const auto exact_gradient = exact.backward(exact.forward(q2.view(), q2.view(), q2.view(), options).saved, d_out2.view());
             REQUIRE(gradient.bias.size() == exact_gradient.bias.size());
             for (std::size_t i = 0; i < gradient.bias.size(); ++i) CHECK(gradient.bias[i] == doctest::Approx(exact_gradient.bias[i]).epsilon(1e-3));
+            // Padding changes no bit, whatever it holds; what is seen and no number makes no number.
+            auto spoilt = q;
+            const auto put = [&](index_t row, float value) { spoilt.values[static_cast<std::size_t>(row * 8 + 3)] = value; };
+            const auto bias_gradient = [&] { return tested.backward(tested.forward(q.view(), q.view(), spoilt.view(), options).saved, d_out.view()).bias; };
+            if (n == 40) {
+                put(34, std::numeric_limits<float>::quiet_NaN());
+                put(39, 1e30f);
+                CHECK(bias_gradient() == gradient.bias);
+            }
+            put(0, std::numeric_limits<float>::quiet_NaN());
+            for (const double entry : bias_gradient()) CHECK(std::isnan(entry));
         }
     };
     check(Alibi(2), "Alibi");

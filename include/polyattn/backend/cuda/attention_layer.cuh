@@ -8,6 +8,8 @@
 #include <polyattn/backend/cuda/softmax_operator.cuh>
 #include <polyattn/layer_policies.hpp>
 
+#include <limits>
+
 POLYATTN_BEGIN_NAMESPACE
 
 namespace nn {
@@ -80,26 +82,14 @@ public:
         using T = typename trained_elements<common_element<Q, K, V>>::T;
         check_shapes<T>(q, k, v);
         CudaForward<T> result{CudaTensor<T>(detail::shape_like(q, {q.tokens(), v.dim()})), {}};
-        forward_into(result.out.view(), result.saved, q, k, v, options);
+        train<T>(result.out.view(), result.saved, q, k, v, options, false);
         return result;
     }
-    /// The same, written to `out` and to a `saved` of an earlier pass, whose memory is used again.
+    /// The same, written to `out`, or with CallOptions::accumulate added to it, and to a `saved` of an earlier pass, whose memory is used again.
     template <class T, class Q, class K, class V>
     void forward_into(const TensorView<T>& out, CudaSaved<T>& saved, const TensorView<Q>& q, const TensorView<K>& k, const TensorView<V>& v, const CudaOptions& options = {}) const {
         static_assert(std::is_same_v<typename trained_elements<common_element<Q, K, V>>::T, T>, "polyattn: out and saved must have the inputs' value type");
-        saved.q_ = q;
-        saved.k_ = k;
-        saved.v_ = v;
-        Plans plans = check(saved.q_, saved.k_, saved.v_, options);
-        saved.options_ = options;
-        if (!plans.drawn.empty()) saved.options_.item_plans = std::move(plans.drawn);
-        else if (options.item_plans.empty()) saved.options_.plan = std::move(plans.shared);
-        const offset_t lines = offset_t{q.batch()} * q.heads() * q.tokens();
-        saved.hop_count_ = recursion_.hops.size();
-        resize(saved.logsumexp_, lines);
-        resize(saved.hops_, lines * static_cast<offset_t>(saved.hop_count_) * detail::cuda::padded<T>(v.dim()));
-        run<T>(q, k, v, out, saved.options_, nullptr, &saved, options.accumulate);
-        saved.options_.device_workspace = nullptr;
+        train<T>(out, saved, q, k, v, options, options.accumulate);
     }
 
     /// Gradients of q, k, v and a learned bias from d_out = dL/dout. `saved` must come from forward() of this layer or a copy; of `options` the stream
@@ -107,6 +97,7 @@ public:
     /// host, for which the call waits. Throws as operator().
     template <class T, class D>
     CudaGradients<T> backward(const CudaSaved<T>& saved, const TensorView<D>& d_out, const CudaOptions& options = {}) const {
+        check_saved(saved);
         CudaGradients<T> gradients = detail::cuda::gradients_like(saved.q_, saved.k_, saved.v_);
         backward_into(gradients, saved, d_out, options);
         return gradients;
@@ -116,8 +107,8 @@ public:
     void backward_into(CudaGradients<T>& gradients, const CudaSaved<T>& saved, const TensorView<D>& d_out, const CudaOptions& options = {}) const {
         static_assert(std::is_same_v<std::remove_const_t<D>, typename trained_elements<T>::T>, "polyattn: d_out must have the inputs' value type");
         const TensorView<const T> d = d_out;
+        check_saved(saved);
         detail::cuda::check_gradients(saved.q_, saved.k_, saved.v_, d, gradients);
-        detail::require(saved.hop_count_ == recursion_.hops.size(), "saved", [&] { return detail::text("a forward pass of this layer, with ", recursion_.hops.size(), " hops"); }, saved.hop_count_);
         const TensorView<T> d_q = gradients.q.view(), d_k = gradients.k.view(), d_v = gradients.v.view();
         CudaOptions call = saved.options_;
         call.stream = options.stream;
@@ -197,6 +188,7 @@ public:
     /// Bytes of workspace that backward() takes.
     template <class T>
     std::size_t backward_workspace_bytes(const CudaSaved<T>& saved) const {
+        check_saved(saved);
         std::vector<double> none;
         return work_backward({}, saved, detail::cuda::any_d_out(saved.q_, saved.v_), TensorView<T>{}, TensorView<T>{}, TensorView<T>{}, none,
                              saved.options_);
@@ -226,6 +218,32 @@ private:
     }
 
     template <class T>
+    void check_saved(const CudaSaved<T>& saved) const {
+        saved.require(kernel ? CudaSaved<T>::Kind::kernel : CudaSaved<T>::Kind::softmax, recursion_.hops.size());
+        if constexpr (requires { bias_.check_heads(index_t{}); }) bias_.check_heads(saved.q_.heads());
+    }
+
+    template <class T>
+    void train(const TensorView<T>& out, CudaSaved<T>& saved, const TensorView<const T>& q, const TensorView<const T>& k, const TensorView<const T>& v, const CudaOptions& options, bool accumulate) const {
+        Plans plans = check(q, k, v, options);
+        detail::cuda::check_memory(q, k, v, out);  // throws before anything is changed
+        saved.kind_ = CudaSaved<T>::Kind::none;
+        saved.q_ = q;
+        saved.k_ = k;
+        saved.v_ = v;
+        saved.options_ = options;
+        if (!plans.drawn.empty()) saved.options_.item_plans = std::move(plans.drawn);
+        else if (options.item_plans.empty()) saved.options_.plan = std::move(plans.shared);
+        const offset_t lines = offset_t{q.batch()} * q.heads() * q.tokens();
+        resize(saved.logsumexp_, lines);
+        resize(saved.hops_, lines * static_cast<offset_t>(recursion_.hops.size()) * detail::cuda::padded<T>(v.dim()));
+        run<T>(q, k, v, out, saved.options_, nullptr, &saved, accumulate);
+        saved.options_.device_workspace = nullptr;
+        saved.hop_count_ = recursion_.hops.size();
+        saved.kind_ = kernel ? CudaSaved<T>::Kind::kernel : CudaSaved<T>::Kind::softmax;
+    }
+
+    template <class T>
     void run(const TensorView<const T>& q, const TensorView<const T>& k, const TensorView<const T>& v, const TensorView<T>& out, const CudaOptions& options, Number<T>* logsumexp, CudaSaved<T>* saved,
              bool accumulate) const {
         const Plans plans = check(q, k, v, options);
@@ -242,6 +260,7 @@ private:
 
     template <class T>
     Plans check(const TensorView<const T>& q, const TensorView<const T>& k, const TensorView<const T>& v, const CudaOptions& options) const {
+        detail::require(offset_t{q.batch()} * q.heads() <= std::numeric_limits<index_t>::max(), "q", [&] { return detail::text("at most ", std::numeric_limits<index_t>::max(), " batch items times heads"); }, offset_t{q.batch()} * q.heads());
         if constexpr (Base::positioned_bias)
             detail::require(!Base::positions_differ(options, q.tokens(), k.tokens()), "key_lengths", "all queries and keys where a bias by position has other numbers of queries than keys", "less");
         if constexpr (!groups_tokens) return Base::check(q, k, v, options);
@@ -482,7 +501,7 @@ private:
             const Hops<T> all{static_cast<int>(hops), h, saved.hops_.data(), values, queries, columns, row_sums};
             [[maybe_unused]] BiasSums sums;
             if constexpr (LearnedDeviceBias<DeviceBias>) {
-                begin_bias_sums(all, keys, items, call.dropout.drops_weights() ? 1 / (1 - options.dropout.weights) : 1, bias_sums, entries, bias_bounds, stream);
+                begin_bias_sums(all, call, call.dropout.drops_weights() ? 1 / (1 - options.dropout.weights) : 1, bias_sums, entries, bias_bounds);
                 sums = {bias_sums, bias_bounds + 2 * hops};
             }
             Finish<T> finish_q;

@@ -22,6 +22,9 @@ struct CudaOptions : CallOptions {
 /// What backward needs of a forward pass. Borrows q, k and v: their memory must stay as it is until the last backward().
 template <class T>
 class CudaSaved {
+    /// What kind of layer a pass was of; none until there is one, and after one that threw.
+    enum class Kind { none, softmax, kernel, compressed_softmax, compressed_kernel };
+
 public:
     TensorView<const T> q() const { return q_; }
     TensorView<const T> k() const { return k_; }
@@ -40,6 +43,13 @@ private:
     CudaTensor<detail::cuda::arithmetic_t<T>> logsumexp_;  // of the operator, [items][queries]
     CudaTensor<T> hops_;                                   // Z_1 .. Z_K, [items][K][queries][padded columns]
     std::size_t hop_count_ = 0;
+    Kind kind_ = Kind::none;
+
+    void require(Kind kind, std::size_t hops) const {
+        detail::require(kind_ != Kind::none, "saved", "a forward pass", "none, or one that threw");
+        detail::require(kind_ == kind, "saved", "a forward pass of this layer", "another's");
+        detail::require(hop_count_ == hops, "saved", [&] { return detail::text("a forward pass of this layer, with ", hops, " hops"); }, hop_count_);
+    }
 };
 
 /// Gradients with the shapes of q, k and v, and of the tables of a learned bias and a learned compression (empty if there is none).

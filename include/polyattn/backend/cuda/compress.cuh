@@ -327,7 +327,9 @@ public:
             entries_ = compression.width;
             to_landmarks_ = put(carver, 1, entries_, [&](index_t, index_t t, std::size_t what) { return what * static_cast<std::size_t>(entries_) + static_cast<std::size_t>(t); }, stream);
         } else if constexpr (projects) {
-            entries_ = compression.rows * compression.tokens;
+            const offset_t entries = offset_t{compression.rows} * compression.tokens;
+            require(entries <= std::numeric_limits<index_t>::max(), "compression", [] { return text("a matrix of at most ", std::numeric_limits<index_t>::max(), " entries on the device"); }, entries);
+            entries_ = static_cast<index_t>(entries);
             const auto at = [&](index_t j, index_t i, std::size_t what) { return what * static_cast<std::size_t>(entries_) + static_cast<std::size_t>(j) * static_cast<std::size_t>(compression.tokens) + static_cast<std::size_t>(i); };
             to_landmarks_ = put(carver, tokens, compression.rows, [&](index_t i, index_t j, std::size_t what) { return at(j, i, what); }, stream);
             if (backward) to_tokens_ = put(carver, compression.rows, tokens, at, stream);

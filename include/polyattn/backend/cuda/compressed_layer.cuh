@@ -102,10 +102,10 @@ public:
         using T = common_element<Q, K, V>;
         inner_.template check_shapes<T>(q, k, v);
         CudaForward<T> result{CudaTensor<T>(detail::shape_like(q, {q.tokens(), v.dim()})), {}};
-        forward_into(result.out.view(), result.saved, q, k, v, options);
+        run<T>(result.out.view(), &result.saved, q, k, v, options, false);
         return result;
     }
-    /// The same, written to `out` and to a `saved` of an earlier pass, whose memory is used again.
+    /// The same, written to `out`, or with CallOptions::accumulate added to it, and to a `saved` of an earlier pass, whose memory is used again.
     template <class T, class Q, class K, class V>
     void forward_into(const TensorView<T>& out, CudaSaved<T>& saved, const TensorView<Q>& q, const TensorView<K>& k, const TensorView<V>& v, const CudaOptions& options = {}) const {
         static_assert(std::is_same_v<common_element<Q, K, V>, T>, "polyattn: out and saved must have the inputs' value type");
@@ -116,6 +116,7 @@ public:
     /// waits. `saved` must come from forward() of this layer or a copy; of `options` the stream and the workspace are used. Repeatable; deterministic.
     template <class T, class D>
     CudaGradients<T> backward(const CudaSaved<T>& saved, const TensorView<D>& d_out, const CudaOptions& options = {}) const {
+        saved.require(kind<T>, recursion_.hops.size());
         CudaGradients<T> gradients = detail::cuda::gradients_like(saved.q_, saved.k_, saved.v_);
         backward_into(gradients, saved, d_out, options);
         return gradients;
@@ -125,8 +126,8 @@ public:
     void backward_into(CudaGradients<T>& gradients, const CudaSaved<T>& saved, const TensorView<D>& d_out, const CudaOptions& options = {}) const {
         static_assert(std::is_same_v<std::remove_const_t<D>, T>, "polyattn: d_out must have the inputs' value type");
         const TensorView<const T> d = d_out;
+        saved.require(kind<T>, recursion_.hops.size());
         detail::cuda::check_gradients(saved.q_, saved.k_, saved.v_, d, gradients);
-        detail::require(saved.hop_count_ == recursion_.hops.size(), "saved", [&] { return detail::text("a forward pass of this layer, with ", recursion_.hops.size(), " hops"); }, saved.hop_count_);
         const TensorView<T> d_q = gradients.q.view(), d_k = gradients.k.view(), d_v = gradients.v.view();
         gradients.bias.clear();
         CudaOptions call = saved.options_;
@@ -145,12 +146,15 @@ public:
     /// Bytes of workspace that backward() takes.
     template <class T>
     std::size_t backward_workspace_bytes(const CudaSaved<T>& saved) const {
+        saved.require(kind<T>, recursion_.hops.size());
         std::vector<double> none;
         return work_backward({}, saved, detail::cuda::any_d_out(saved.q_, saved.v_), TensorView<T>{}, TensorView<T>{}, TensorView<T>{}, none, saved.options_);
     }
 
 private:
     using Plans = typename Inner::Plans;
+    template <class T>
+    static constexpr auto kind = detail::is_kernel<Score> ? CudaSaved<T>::Kind::compressed_kernel : CudaSaved<T>::Kind::compressed_softmax;
 
     bool needs_square() const { return recursion_.hops.size() != 1 || recursion_.hops[0].teleport != 0; }
     std::size_t table_size() const {
@@ -195,18 +199,22 @@ private:
         const Plans plans = check<T>(q, k, v, options);
         detail::cuda::check_memory(q, k, v, out);
         if (saved) {
+            saved->kind_ = CudaSaved<T>::Kind::none;  // should memory run out
             saved->q_ = q;
             saved->k_ = k;
             saved->v_ = v;
             saved->options_ = options;
             saved->options_.device_workspace = nullptr;
             saved->options_.plan = plans.shared;
-            saved->hop_count_ = recursion_.hops.size();
             const offset_t lines = offset_t{q.batch()} * q.heads() * q.tokens();
             Inner::resize(saved->logsumexp_, lines);
-            Inner::resize(saved->hops_, lines * static_cast<offset_t>(saved->hop_count_) * detail::cuda::padded<T>(v.dim()));
+            Inner::resize(saved->hops_, lines * static_cast<offset_t>(recursion_.hops.size()) * detail::cuda::padded<T>(v.dim()));
         }
         detail::cuda::with_workspace(options, [&](detail::cuda::Carver carver) { return work<T>(carver, q, k, v, out, plans, options, saved, accumulate); });
+        if (saved) {
+            saved->hop_count_ = recursion_.hops.size();
+            saved->kind_ = kind<T>;
+        }
     }
 
     template <class T>

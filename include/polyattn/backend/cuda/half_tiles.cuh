@@ -261,9 +261,8 @@ __global__ void __launch_bounds__(tile_threads, half_blocks) apply_tiles_half(co
 #pragma unroll
                             for (int i = 0; i < 2; ++i) {
                                 float& score = s[j][2 * i + e];
-                                const bool allowed = full || mask.allows(i, seen);
-                                if (!allowed) score = minus_infinity<float>();
-                                else if (!plain && slot + 8 * i < group.count) score = op.score(score, item, own_tokens[slot + 8 * i], mask.others()[begin + n]);
+                                if (!mask.allows(i, seen)) score = minus_infinity<float>();
+                                else if constexpr (!plain) score = op.score(score, item, own_tokens[slot + 8 * i], mask.others()[begin + n]);
                             }
                         }
                 }

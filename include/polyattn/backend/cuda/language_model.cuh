@@ -77,16 +77,17 @@ class CudaLanguageModel {
 public:
     /// Throws invalid_input if a parameter is missing or has another shape, cuda_error.
     CudaLanguageModel(const Layer& layer, const std::map<std::string, Tensor<T>>& parameters, const CudaModelOptions& options)
-        : options_(options), embedding_(parameters, "embedding.weight"), head_(parameters, "head") {
-        dim_ = static_cast<index_t>(embedding_.shape[1]);
-        vocabulary_ = static_cast<index_t>(embedding_.shape[0]);
+        : options_(options), embedding_(parameters, "embedding.weight", {any, any}), head_(parameters, "head", embedding_.shape[0], embedding_.shape[1]),
+          dim_(static_cast<index_t>(embedding_.shape[1])), vocabulary_(static_cast<index_t>(embedding_.shape[0])) {
         if (options_.key_heads == 0) options_.key_heads = options_.heads;
+        detail::require(dim_ >= 1, "embedding.weight", "rows of at least one column", dim_);
         detail::require(options.heads >= 1 && dim_ % options.heads == 0, "heads", [&] { return detail::text("a number that divides dim, ", dim_); }, options.heads);
         detail::require(options_.key_heads >= 1 && options_.heads % options_.key_heads == 0, "key_heads", [&] { return detail::text("a number that divides the ", options_.heads, " heads"); }, options_.key_heads);
-        if (parameters.count("position.weight")) position_ = Table(parameters, "position.weight");
-        if (parameters.count("embedding_norm.weight")) embedding_norm_.emplace_back(parameters, "embedding_norm");
-        if (options_.pre_norm) last_norm_.emplace_back(parameters, "block.norm");
-        for (int l = 0; parameters.count(detail::text("block.", l, ".attention.project.weight")); ++l) blocks_.emplace_back(layer, parameters, detail::text("block.", l));
+        if (parameters.count("position.weight")) position_ = Table(parameters, "position.weight", {any, dim_});
+        if (parameters.count("embedding_norm.weight")) embedding_norm_.emplace_back(parameters, "embedding_norm", dim_);
+        if (options_.pre_norm) last_norm_.emplace_back(parameters, "block.norm", dim_);
+        const index_t projected = dim_ / options_.heads * (options_.heads + 2 * options_.key_heads);
+        for (int l = 0; parameters.count(detail::text("block.", l, ".attention.project.weight")); ++l) blocks_.emplace_back(layer, parameters, detail::text("block.", l), dim_, projected);
         detail::require(!blocks_.empty(), "parameters", "block.0.attention.project.weight and more", "none");
     }
 
@@ -146,10 +147,12 @@ public:
 private:
     using Parameters = std::map<std::string, Tensor<T>>;
 
+    static constexpr offset_t any = detail::cuda::any_extent;
+
     struct Table {
         Table() = default;
-        Table(const Parameters& parameters, const std::string& name) {
-            const Tensor<T>& from = detail::cuda::find_parameter(parameters, name);
+        Table(const Parameters& parameters, const std::string& name, const std::vector<offset_t>& wanted) {
+            const Tensor<T>& from = detail::cuda::find_parameter(parameters, name, wanted);
             shape = from.shape;
             memory = CudaTensor<T>(from.data(), from.shape);
         }
@@ -158,9 +161,9 @@ private:
     };
     /// Weights with rows of whole vectors.
     struct Linear {
-        Linear(const Parameters& parameters, const std::string& name) : bias(parameters, name + ".bias") {
-            const Tensor<T>& from = detail::cuda::find_parameter(parameters, name + ".weight");
-            if (from.shape.size() != 2 || bias.shape != std::vector<offset_t>{from.shape[0]}) throw invalid_input(name, "weights [out, in] and a bias [out]", "other shapes");
+        Linear(const Parameters& parameters, const std::string& name, offset_t wanted_out, offset_t wanted_in) {
+            const Tensor<T>& from = detail::cuda::find_parameter(parameters, name + ".weight", std::array{wanted_out, wanted_in});
+            bias = Table(parameters, name + ".bias", {from.shape[0]});
             out = static_cast<index_t>(from.shape[0]);
             const auto columns = static_cast<std::size_t>(from.shape[1]);
             in = detail::cuda::padded<T>(static_cast<index_t>(columns));
@@ -168,21 +171,21 @@ private:
             for (std::size_t r = 0; r < static_cast<std::size_t>(out); ++r) std::copy_n(from.data() + r * columns, columns, rows.data() + r * static_cast<std::size_t>(in));
             weight = CudaTensor<T>(rows.data(), {out, in});
         }
-        index_t in, out;
+        index_t in = 0, out = 0;
         CudaTensor<T> weight;
         Table bias;
     };
     struct Norm {
-        Norm(const Parameters& parameters, const std::string& name) : weight(parameters, name + ".weight"), bias(parameters, name + ".bias") {}
+        Norm(const Parameters& parameters, const std::string& name, offset_t dim) : weight(parameters, name + ".weight", {dim}), bias(parameters, name + ".bias", {dim}) {}
         Table weight, bias;
     };
     struct Block {
-        Block(const Layer& attention, const Parameters& parameters, const std::string& name)
-            : project(parameters, name + ".attention.project"), merge(parameters, name + ".attention.merge"), up(parameters, name + ".feed_forward.up"), down(parameters, name + ".feed_forward.down"),
-              attention_norm(parameters, name + ".attention_norm"), feed_forward_norm(parameters, name + ".feed_forward_norm"), layer(attention) {
+        Block(const Layer& attention, const Parameters& parameters, const std::string& name, offset_t dim, offset_t projected)
+            : project(parameters, name + ".attention.project", projected, dim), merge(parameters, name + ".attention.merge", dim, dim), up(parameters, name + ".feed_forward.up", any, dim),
+              down(parameters, name + ".feed_forward.down", dim, up.out), attention_norm(parameters, name + ".attention_norm", dim), feed_forward_norm(parameters, name + ".feed_forward_norm", dim), layer(attention) {
             if constexpr (requires(std::remove_cvref_t<decltype(layer.bias())> bias) { bias.table.assign(std::size_t{}, double{}); }) {
                 auto bias = layer.bias();
-                const Tensor<T>& table = detail::cuda::find_parameter(parameters, name + ".attention.bias_table");
+                const Tensor<T>& table = detail::cuda::find_parameter(parameters, name + ".attention.bias_table", std::array{static_cast<offset_t>(bias.table.size())});
                 bias.table.assign(table.values.begin(), table.values.end());
                 layer = layer.with_bias(std::move(bias));
             }
@@ -220,9 +223,9 @@ private:
     CudaModelOptions options_;
     Table embedding_, position_;
     Linear head_;
+    index_t dim_, vocabulary_;
     std::vector<Norm> embedding_norm_, last_norm_;
     std::vector<Block> blocks_;
-    index_t dim_ = 0, vocabulary_ = 0;
     cudaStream_t stream_ = nullptr;
     CudaWorkspace workspace_;
     CudaTensor<index_t> tokens_;

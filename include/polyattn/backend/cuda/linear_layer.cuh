@@ -4,8 +4,11 @@
 #include <polyattn/backend/cuda/tile.cuh>
 #include <polyattn/core/tensor.hpp>
 
+#include <algorithm>
 #include <map>
+#include <span>
 #include <string>
+#include <vector>
 
 POLYATTN_BEGIN_NAMESPACE
 
@@ -77,11 +80,17 @@ void apply_linear(const T* x, std::ptrdiff_t x_stride, const T* weight, index_t 
     apply_linear(arguments, stream);
 }
 
-/// The one of this name; throws invalid_input if there is none.
+/// Of find_parameter(): an extent that may be any.
+inline constexpr offset_t any_extent = -1;
+
+/// The one of this name; throws invalid_input if there is none, or if it has another shape.
 template <class T>
-const Tensor<T>& find_parameter(const std::map<std::string, Tensor<T>>& parameters, const std::string& name) {
+const Tensor<T>& find_parameter(const std::map<std::string, Tensor<T>>& parameters, const std::string& name, std::span<const offset_t> shape) {
     const auto found = parameters.find(name);
-    if (found == parameters.end()) throw invalid_input("parameters", "one named " + name, detail::text("none among ", parameters.size()));
+    if (found == parameters.end()) throw invalid_input("parameters", "one named " + name, text("none among ", parameters.size()));
+    const std::vector<offset_t>& own = found->second.shape;
+    if (!std::equal(own.begin(), own.end(), shape.begin(), shape.end(), [](offset_t extent, offset_t wanted) { return wanted == any_extent || extent == wanted; }))
+        throw invalid_input(name, shape_text(shape) + (std::ranges::count(shape, any_extent) > 0 ? ", -1 for any number" : ""), shape_text(own));
     return found->second;
 }
 

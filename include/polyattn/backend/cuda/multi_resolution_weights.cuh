@@ -24,8 +24,8 @@ public:
     /// `name` is that of the CPU's layer; `blocks` are the columns of its last map, in units of dim. Without the numbers yet, which upload() brings. Throws
     /// invalid_input if the first parameter is missing or not square, cuda_error.
     MultiResolutionWeights(const Parameters& parameters, const std::string& name, index_t resolutions, bool routed, index_t blocks) : resolutions_(resolutions), routed_(routed) {
-        const Tensor<T>& query = find_parameter(parameters, name + ".query");
-        require(query.shape.size() == 2 && query.shape[0] == query.shape[1] && query.shape[0] >= 1, (name + ".query").c_str(), "[dim, dim]", shape_text(query.shape));
+        const Tensor<T>& query = find_parameter(parameters, name + ".query", std::array{any_extent, any_extent});
+        require(query.shape[0] == query.shape[1] && query.shape[0] >= 1, (name + ".query").c_str(), "[dim, dim]", shape_text(query.shape));
         dim_ = static_cast<index_t>(query.shape[0]);
         width_ = padded<T>(dim_);
         for (const char* what : {".query", ".key", ".value"}) add_matrix(name + what, dim_, 1);
@@ -146,9 +146,7 @@ private:
                 for (offset_t c = 0; c < dim_; ++c) f(static_cast<std::size_t>(matrix.at + (r * matrix.blocks + b) * width_ + c), entry++);
     }
     static const Tensor<T>& find(const Parameters& parameters, const std::string& name, const std::vector<offset_t>& shape) {
-        const Tensor<T>& found = find_parameter(parameters, name);
-        if (found.shape != shape) throw invalid_input(name, shape_text(shape), shape_text(found.shape));
-        return found;
+        return find_parameter(parameters, name, shape);
     }
     const T* value(std::size_t matrix) const { return values_.data() + matrices_[matrix].at; }
     const T* transposed(std::size_t matrix) const { return values_.data() + transposed_ + static_cast<offset_t>(matrix) * square(); }

@@ -124,6 +124,7 @@ public:
     /// and the workspace are used. Repeatable; deterministic. Throws as operator().
     template <class T, class D>
     CudaGradients<T> backward(const SavedOf<T>& saved, const TensorView<D>& d_out, const CudaOptions& options = {}) const {
+        check_saved(saved);
         CudaGradients<T> gradients = detail::cuda::gradients_like(saved.q_, saved.k_, saved.v_);
         backward_into(gradients, saved, d_out, options);
         return gradients;
@@ -174,7 +175,7 @@ private:
         detail::cuda::check_memory(q, k, v, out);
         const std::vector<Plan> plans = plans_for(q.tokens(), most_marks(q.tokens(), options));
         if (saved) {
-            saved->plans_.clear();  // nothing is saved, should memory run out
+            saved->plans_.clear();  // nothing is saved, should the device fail
             Carver counter;
             take_pass(counter, q, k, v, options, true);
             saved->memory_.reserve(std::max<std::size_t>(counter.used(), 1));
@@ -183,9 +184,9 @@ private:
             saved->q_ = q;
             saved->k_ = k;
             saved->v_ = v;
-            saved->plans_ = plans;
         }
         detail::cuda::with_workspace(options, [&](Carver carver) { return work<T>(carver, out, saved, q, k, v, options, plans, accumulate); });
+        if (saved) saved->plans_ = plans;
     }
 
     /// Memory of a pass, without its contents.

@@ -132,9 +132,10 @@ __global__ void __launch_bounds__(tile_threads, 2) apply_tiles(const __grid_cons
                 }
 #pragma unroll
                 for (int i = 0; i < S::rows_each; ++i) {
-                    const bool allowed = full || mask.allows(i, seen);
+                    // Biases are not asked for padded tokens, which full chunks may have among their own.
+                    const bool allowed = (full && std::is_same_v<Bias, NoBias>) || mask.allows(i, seen);
                     if constexpr (std::is_same_v<Bias, NoBias>) s[i][j] *= op.scale;
-                    else if (allowed && first_row + i < group.count) {
+                    else if (allowed) {
                         const index_t own_token = own_tokens[first_row + i];
                         s[i][j] = op.score(s[i][j], item, Transposed ? other_token : own_token, Transposed ? own_token : other_token);
                     }

@@ -3,6 +3,7 @@
 // columns of the plan, each by one block or warp in a fixed order, so there are no atomics on floating point and the bits never change.
 
 #include <polyattn/backend/cuda/bias.cuh>
+#include <polyattn/backend/cuda/rows.cuh>
 #include <polyattn/backend/cuda/sparse_softmax.cuh>
 
 POLYATTN_BEGIN_NAMESPACE
@@ -278,22 +279,21 @@ __global__ void __launch_bounds__(edge_threads, edge_blocks) gradient_edges(cons
     }
 }
 
-/// bounds[2 hop] = max_i |H_hop+1[i]|_1, bounds[2 hop + 1] = max_j |Z_hop[j]|_max; maxima of numbers >= 0 may be taken in any order.
+/// bounds[2 hop] = max_i |H_hop+1[i]|_1, bounds[2 hop + 1] = max_j |Z_hop[j]|_max, of keys within their length; maxima of numbers >= 0 may be taken in any
+/// order.
 template <class T>
-__global__ void __launch_bounds__(256) hop_bounds(const __grid_constant__ Hops<T> hops, index_t keys, double* bounds) {
-    const index_t item = static_cast<index_t>(blockIdx.y);
+__global__ void __launch_bounds__(256) hop_bounds(const __grid_constant__ Hops<T> hops, index_t heads, const __grid_constant__ Lengths key_lengths, index_t first_item, double* bounds) {
+    const index_t item = first_item + static_cast<index_t>(blockIdx.y), keys = key_lengths(item / heads);
     const int hop = static_cast<int>(blockIdx.z);
+    const auto larger = [](double a, double b) { return a != a || b <= a ? a : b; };  // keeps NaN
     double most_h = 0, most_z = 0;
     for (index_t row = static_cast<index_t>(blockIdx.x * blockDim.x + threadIdx.x); row < max(hops.queries, keys); row += static_cast<index_t>(gridDim.x * blockDim.x)) {
         double sum = 0;
         if (row < hops.queries)
             for (index_t c = 0; c < hops.columns; ++c) sum += fabs(double(hops.h_of(item, hop)[offset_t{row} * hops.columns + c]));
-        most_h = sum <= most_h ? most_h : sum;  // keeps NaN
+        most_h = larger(most_h, sum);
         if (row < keys)
-            for (index_t c = 0; c < hops.columns; ++c) {
-                const double z = fabs(double(hops.z_of(item, hop)[row * hops.z_stride(hop) + c]));
-                most_z = z <= most_z ? most_z : z;
-            }
+            for (index_t c = 0; c < hops.columns; ++c) most_z = larger(most_z, fabs(double(hops.z_of(item, hop)[row * hops.z_stride(hop) + c])));
     }
     // Bit patterns of numbers >= 0 are in their order, NaN last.
     const auto keep = [](double* to, double value) { atomicMax(reinterpret_cast<unsigned long long*>(to), static_cast<unsigned long long>(__double_as_longlong(fabs(value)))); };
@@ -309,12 +309,15 @@ static __global__ void bias_scale(double* bounds, int hops, double rows) {
 }
 
 template <class T>
-void begin_bias_sums(const Hops<T>& hops, index_t keys, index_t items, double mask, unsigned long long* sums, offset_t entries, double* bounds, cudaStream_t stream) {
+void begin_bias_sums(const Hops<T>& hops, const OperatorCall<T>& call, double mask, unsigned long long* sums, offset_t entries, double* bounds) {
+    const cudaStream_t stream = call.stream;
     check_cuda(cudaMemsetAsync(sums, 0, static_cast<std::size_t>(entries) * sizeof(*sums), stream), "cudaMemsetAsync");
     check_cuda(cudaMemsetAsync(bounds, 0, static_cast<std::size_t>(2 * hops.count + 1) * sizeof(double), stream), "cudaMemsetAsync");
-    const dim3 grid(std::min(blocks_for(std::max(hops.queries, keys), 256), 64u), static_cast<unsigned>(items), static_cast<unsigned>(hops.count));
-    launch("hop_bounds", hop_bounds<T>, grid, 256, 0, stream, hops, keys, bounds);
-    launch("bias_scale", bias_scale, dim3(1), 1, 0, stream, bounds, hops.count, double(items) * hops.queries * mask);
+    for_each_grid(0, call.items(), [&](index_t item, unsigned count) {
+        const dim3 grid(std::min(blocks_for(std::max(call.queries, call.keys), 256), 64u), count, static_cast<unsigned>(hops.count));
+        launch("hop_bounds", hop_bounds<T>, grid, 256, 0, stream, hops, call.heads, call.key_lengths, item, bounds);
+    });
+    launch("bias_scale", bias_scale, dim3(1), 1, 0, stream, bounds, hops.count, double(call.items()) * call.queries * mask);
 }
 inline void end_bias_sums(std::vector<double>& to, const unsigned long long* sums, const double* scale, cudaStream_t stream) {
     std::vector<long long> host(to.size());

@@ -4,6 +4,8 @@
 #include <polyattn/backend/cuda/runtime.cuh>
 #include <polyattn/core/tensor.hpp>
 
+#include <limits>
+
 POLYATTN_BEGIN_NAMESPACE
 
 /// A row-major tensor of rank 2 to 4 that owns device memory. Moved, never copied.
@@ -11,7 +13,7 @@ template <class T>
 class CudaTensor {
 public:
     CudaTensor() = default;
-    /// Uninitialised. Throws cuda_error.
+    /// Uninitialised. Throws invalid_input for a negative extent, or more bytes than there can be, cuda_error.
     explicit CudaTensor(std::vector<offset_t> extents) : shape_(std::move(extents)), memory_(bytes(shape_)) {}
     /// A copy of host memory with so many elements, done on return.
     CudaTensor(const T* from, std::vector<offset_t> extents) : CudaTensor(std::move(extents)) {
@@ -31,9 +33,14 @@ public:
 
 private:
     static std::size_t bytes(const std::vector<offset_t>& extents) {
-        std::size_t count = sizeof(T);
-        for (const offset_t extent : extents) count *= static_cast<std::size_t>(extent);
-        return extents.empty() ? 0 : count;
+        constexpr offset_t most = std::numeric_limits<offset_t>::max() / static_cast<offset_t>(sizeof(T));
+        offset_t count = extents.empty() ? 0 : 1;
+        for (const offset_t extent : extents) {
+            detail::require(extent >= 0, "extents", "numbers >= 0", extent);
+            detail::require(extent == 0 || count <= most / extent, "extents", [&] { return detail::text("at most ", most, " elements"); }, detail::shape_text(extents));
+            count *= extent;
+        }
+        return static_cast<std::size_t>(count) * sizeof(T);
     }
     std::vector<offset_t> shape_;
     detail::cuda::DeviceMemory memory_;
