@@ -10,6 +10,9 @@ target_compile_options(polyattn_cuda INTERFACE $<$<COMPILE_LANGUAGE:CUDA>:-std=c
 target_link_libraries(polyattn_cuda INTERFACE CUDA::cudart)
 
 if(NOT PROJECT_IS_TOP_LEVEL)
+  if(NOT TARGET CUDA::cudart)
+    find_package(CUDAToolkit QUIET GLOBAL)
+  endif()
   return()
 endif()
 # The project's own GPU programs are built where nvcc is found; POLYATTN_CUDA=OFF leaves them out.
