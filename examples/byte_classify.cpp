@@ -1,6 +1,6 @@
 // Text classification byte by byte, on what is there: which language a passage comes from, C, C++, CMake, Perl or English (licences), or folders
 // of your own; and retrieval: do two passages come from one source? There both passages go through one encoder, which learns to classify for
-// --pretrain steps first (as many as --steps, if not said): pairs alone are slow to teach it anything.
+// --pretrain steps first (as many as --steps, if not said).
 //   byte_classify [--task classify|retrieve] [--tokens N] [--sources NAME=FOLDER,NAME=FOLDER..] [--steps N] [--pretrain N] [--seeds N] [--test N]
 //                 [--batch N] [--folder FOLDER] [--seed N]
 // Every fifth file is held out. Two-layer models with several kinds of attention; one table, as listops prints it.
@@ -48,7 +48,10 @@ std::vector<Source> read_sources(const std::string& named, index_t tokens) {
         for (std::string part; std::getline(list, part, ',');) {
             const auto equals = part.find('=');
             if (equals == std::string::npos) throw std::runtime_error("--sources must be NAME=FOLDER,NAME=FOLDER..");
-            sources.push_back(read_source(part.substr(0, equals), {part.substr(equals + 1)}, {}, least));
+            const std::string folder = part.substr(equals + 1);
+            if (!fs::is_directory(folder)) throw std::runtime_error("--sources: there is no folder " + folder);
+            sources.push_back(read_source(part.substr(0, equals), {folder}, {}, least));
+            if (sources.back().texts[1].empty()) throw std::runtime_error("--sources: " + folder + " has fewer than five files of " + std::to_string(tokens) + " bytes");
         }
     } else {
         sources.push_back(read_source("C", {"/usr/include/linux", "/usr/include/x86_64-linux-gnu", "/usr/include/aarch64-linux-gnu", "/usr/include/asm-generic"}, {".h"}, least));
@@ -58,7 +61,7 @@ std::vector<Source> read_sources(const std::string& named, index_t tokens) {
         sources.push_back(read_source("English", {"/usr/share/common-licenses", "/usr/share/doc"}, {"", ".txt"}, least));
     }
     std::erase_if(sources, [](const Source& source) { return source.texts[0].empty() || source.texts[1].empty(); });
-    if (sources.size() < 2) throw std::runtime_error("at least two sources with two files of " + std::to_string(tokens) + " bytes are wanted; name some with --sources");
+    if (sources.size() < 2) throw std::runtime_error("at least two sources with five files of " + std::to_string(tokens) + " bytes are wanted; name some with --sources");
     return sources;
 }
 
@@ -86,14 +89,14 @@ void append_passage(RandomRow& random, const Source& source, bool held_out, inde
 Task make_task(const Settings& s, const std::string& task, std::shared_ptr<const std::vector<Source>> sources) {
     const auto count = static_cast<std::uint32_t>(sources->size());
     if (task == "classify")
-        return {257, static_cast<index_t>(count), s.tokens, [=, tokens = s.tokens](std::uint64_t seed, std::uint32_t number) {
+        return {257, static_cast<index_t>(count), s.tokens, 0, [=, tokens = s.tokens](std::uint64_t seed, std::uint32_t number) {
                     RandomRow random(seed, number, passage_stream);
                     Item item{{}, static_cast<index_t>(random.below(count))};
                     append_passage(random, (*sources)[static_cast<std::size_t>(item.label)], number >> 31, tokens, item.tokens);
                     return item;
                 }};
     if (task == "retrieve")  // two passages, one behind the other
-        return {257, 2, 2 * s.tokens, [=, tokens = s.tokens](std::uint64_t seed, std::uint32_t number) {
+        return {257, 2, 2 * s.tokens, 0, [=, tokens = s.tokens](std::uint64_t seed, std::uint32_t number) {
                     RandomRow random(seed, number, passage_stream);
                     Item item{{}, static_cast<index_t>(random.below(2))};
                     const std::uint32_t first = random.below(count), second = item.label ? first : (first + 1 + random.below(count - 1)) % count;

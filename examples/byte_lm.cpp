@@ -78,8 +78,10 @@ Settings parse(int argc, char** argv) {
         else if (argument == "--prompt") settings.prompt = value();
         else if (argument == "--device") settings.device = value();
         else if (argument.starts_with("--")) throw std::runtime_error("unknown option " + argument);
+        else if (!settings.text.empty()) throw std::runtime_error("one text is wanted, not " + settings.text + " and " + argument);
         else settings.text = argument;
     }
+    if (settings.prompt.empty()) throw std::runtime_error("--prompt must have at least one byte");
     if (settings.device != "cpu" && settings.device != "cuda") throw std::runtime_error("--device is cpu or cuda");
 #if !defined(POLYATTN_EXAMPLES_CUDA)
     if (settings.device == "cuda") throw std::runtime_error("this build has no CUDA: nvcc was not found");
@@ -110,8 +112,12 @@ std::string own_sources() {
 /// The last tenth of every tenth is held out.
 struct Corpus {
     std::vector<index_t> training, held_out;
+    std::string mark;  // of this text: its size and a hash
     explicit Corpus(const std::string& text) {
         if (text.size() < 20000) throw std::runtime_error("a text of at least 20,000 bytes is wanted");
+        std::uint64_t hash = 14695981039346656037u;  // FNV-1a
+        for (const char c : text) hash = (hash ^ static_cast<unsigned char>(c)) * 1099511628211u;
+        mark = std::to_string(text.size()) + " bytes, " + std::to_string(hash);
         for (std::size_t i = 0; i < text.size(); ++i) (i * 100 / text.size() % 10 == 9 ? held_out : training).push_back(static_cast<unsigned char>(text[i]));
     }
 };
@@ -157,19 +163,22 @@ struct Model {
     }
     fs::path file(const Settings& s, const std::string& name) const { return s.folder / (s.name + "-" + std::to_string(s.seed) + "-" + name + ".safetensors"); }
 
-    void save(const Settings& s, const std::string& name) {
+    void save(const Settings& s, const Corpus& corpus, const std::string& name) {
         auto state = nn::parameters_of(decoder, &optimizer);
         std::ostringstream text;
         text.precision(17);
         for (const double loss : losses) text << loss << " ";
+        state.metadata["text"] = corpus.mark;
         state.metadata["losses"] = text.str();
         state.metadata["seconds"] = std::to_string(seconds);
         state.metadata["megabytes"] = std::to_string(megabytes);
         state.write(file(s, name));
     }
-    bool load(const Settings& s, const std::string& name) {
+    bool load(const Settings& s, const Corpus& corpus, const std::string& name) {
         if (!fs::exists(file(s, name))) return false;
         const auto state = nn::TensorFile<float>::read(file(s, name));
+        if (const auto text = state.metadata.find("text"); text == state.metadata.end() || text->second != corpus.mark)
+            throw std::runtime_error(file(s, name).string() + " was trained on another text: remove it, or give another --folder");
         nn::load_parameters(decoder, state, &optimizer);
         std::istringstream text(state.metadata.at("losses"));
         losses.assign(std::istream_iterator<double>(text), {});
@@ -208,9 +217,9 @@ struct Model {
             std::printf("\r%-22s step %lld/%lld  loss %.3f  %.3f bits per byte  %.0f tokens/s  left %s   ", name.c_str(), static_cast<long long>(optimizer.steps), static_cast<long long>(s.steps),
                         losses.back(), losses.back() / std::numbers::ln2, double(s.batch) * s.length / per_step, clock_text(per_step * double(s.steps - optimizer.steps)).c_str());
             std::fflush(stdout);
-            if (optimizer.steps % 200 == 0) save(s, name);
+            if (optimizer.steps % 200 == 0) save(s, corpus, name);
         }
-        save(s, name);
+        save(s, corpus, name);
         std::printf("\n");
     }
 };
@@ -324,6 +333,11 @@ int run(const Settings& s) {
 #endif
     }
     const auto all = methods(s);
+    if (!s.only.empty() && std::none_of(all.begin(), all.end(), [&](const Method& m) { return m.name == s.only; })) {
+        std::string names;
+        for (const Method& m : all) names += (names.empty() ? "" : "; ") + m.name;
+        throw std::runtime_error("--only must be one of: " + names);
+    }
     const auto ensemble = std::find_if(all.begin(), all.end(), [](const Method& m) { return m.name == "SSA-L4"; })->plans;
     const nn::SubsampledTraining recipe{};
     const auto dense_from = static_cast<std::int64_t>((1 - recipe.fine_tuned) * double(s.steps));
@@ -355,13 +369,13 @@ int run(const Settings& s) {
         Model model(s);
         const std::string branch = method.name + " (last tenth dense)";
         // Before the last tenth the two ways of going on part.
-        if (!model.load(s, method.name)) model.save(s, method.name);
+        if (!model.load(s, corpus, method.name)) model.save(s, corpus, method.name);
         if (method.plans && model.optimizer.steps < dense_from) model.train(s, corpus, method.name, method.plans, dense_from);
-        if (method.plans && model.optimizer.steps == dense_from && !fs::exists(model.file(s, branch))) model.save(s, branch);
+        if (method.plans && model.optimizer.steps == dense_from && !fs::exists(model.file(s, branch))) model.save(s, corpus, branch);
         model.train(s, corpus, method.name, method.plans, s.steps);
         finish(method, method.name, model, method.compute);
         if (!method.plans) written = write_text(s, model.decoder, s.name == "tiny" ? 20 : 300);
-        if (method.plans && model.load(s, branch)) {
+        if (method.plans && model.load(s, corpus, branch)) {
             model.train(s, corpus, branch, {}, s.steps);
             finish(method, method.name + " + fine-tuning", model, (1 - recipe.fine_tuned) * method.compute + recipe.fine_tuned);
         }

@@ -41,6 +41,7 @@ Settings parse(int argc, char** argv) {
         else if (argument == "--pictures") settings.pictures = value();
         else if (argument == "--device") settings.device = value();
         else if (argument.starts_with("--")) throw std::runtime_error("unknown option " + argument + "; diffuse_document [FILE] [--word WORD] [--pictures FOLDER] [--device cpu|cuda]");
+        else if (!settings.file.empty()) throw std::runtime_error("one file is wanted, not " + settings.file + " and " + argument);
         else settings.file = argument;
     }
     if (settings.device != "cpu" && settings.device != "cuda") throw std::runtime_error("--device is cpu or cuda");
@@ -213,8 +214,12 @@ void run(const Settings& settings) {
     const Plan plan = diffusion.plan(n, n);
 
     // The query: the word asked for, else the most frequent long one; its occurrence nearest to the middle.
-    std::string wanted = settings.word;
-    if (wanted.empty()) {
+    std::string wanted;
+    if (!settings.word.empty()) {
+        const auto asked = words_of(settings.word);
+        if (asked.size() != 1) throw std::runtime_error("--word must be one word, not '" + settings.word + "'");
+        wanted = asked[0];
+    } else {
         std::unordered_map<std::string, int> counts;
         for (const auto& w : words)
             if (w.size() >= 7) ++counts[w];

@@ -19,10 +19,7 @@ Picture enlarge(const Picture& small, index_t times) {
     return large;
 }
 
-}  // namespace
-
-int main(int argc, char** argv) {
-    const std::filesystem::path folder = argc > 1 ? argv[1] : ".";
+void draw_all(const std::filesystem::path& folder) {
     std::filesystem::create_directories(folder);
     const auto draw = [&](const char* name, const auto& pattern) { write_png((folder / name).replace_extension(".png"), enlarge(picture(pattern.plan(64, 64)), 2)); };
     EdgeList ring{{0}, {}};
@@ -81,4 +78,16 @@ int main(int argc, char** argv) {
         write_png(folder / (causal ? "sampling-causal.png" : "sampling.png"), strips);
     }
     std::cout << "30 pictures in " << folder.string() << "\n";
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+    try {
+        if (argc > 2 || (argc == 2 && argv[1][0] == '-')) throw std::runtime_error("draw_patterns [FOLDER]");
+        draw_all(argc == 2 ? argv[1] : ".");
+    } catch (const std::exception& error) {
+        std::cerr << "draw_patterns: " << error.what() << "\n";
+        return 1;
+    }
 }

@@ -22,6 +22,7 @@ struct Item {
 };
 struct Task {
     index_t vocabulary = 0, classes = 0, tokens = 0;  // tokens: of the longest item
+    int held_out = 0;                                 // items to test with; 0: as many as you like
     std::function<Item(std::uint64_t seed, std::uint32_t number)> item;
 };
 
@@ -82,6 +83,7 @@ struct LeaveIt {
 /// Trains the model that make(options) returns, and hands it to finish(model); items with the first bit of their number set are never trained on.
 template <class Make, class Finish = LeaveIt>
 Outcome train(const std::string& name, const Training& s, const Task& task, std::uint64_t seed, const Make& make, const Finish& finish = {}) {
+    if (s.steps * s.batch > std::int64_t{held_out}) throw std::runtime_error("--steps times --batch must be at most " + std::to_string(held_out) + ", the items to train on");
     const double held = reset_peak();
     nn::TransformerOptions options = s.model;
     options.seed = seed;
@@ -183,6 +185,7 @@ Row run_seeds(Runs& runs, const Training& s, const std::string& prefix, const st
 
 /// The SMAT score of AdaMRA (2021), section 5: speed + (1 - memory) + accuracy, each from 0 to 1 between the extremes of the table.
 inline void print(const std::vector<Row>& rows) {
+    if (rows.empty()) return;
     const auto normal = [&](auto&& of, double value) {
         double low = of(rows[0]), high = low;
         for (const Row& row : rows) low = std::min(low, of(row)), high = std::max(high, of(row));

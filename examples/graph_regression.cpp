@@ -173,7 +173,7 @@ int main(int argc, char** argv) {
         [&](const std::string& option, const std::string& value) {
             if (option == "--steps") settings.steps = number_of<std::int32_t>(option, value, 1);
             else if (option == "--graphs") settings.graphs = number_of<std::uint32_t>(option, value, 10);
-            else if (option == "--seed") settings.seed = number_of<std::uint64_t>(option, value, 0);
+            else if (option == "--seed") settings.seed = settings.model.seed = number_of<std::uint64_t>(option, value, 0);
             else return false;
             return true;
         },

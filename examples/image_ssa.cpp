@@ -116,7 +116,7 @@ void classify(const Settings& s, const Digits& training, const Digits& held_out)
     };
     const nn::PlanSource windows = swin_windows(false), sub_windows = swin_windows(true), half = nn::subsampled(Dense{}, Unbiased{.drop = .5});
     run("all pixels", {}, {}, half);
-    run("all pixels, unbiased 50 %", {half, .1}, {}, half);
+    run("all pixels, unbiased 50 %, last tenth without", {half, .1}, {}, half);
     run("shifted windows", {}, windows, sub_windows);
     run("shifted windows, SSA sub-windows", {sub_windows, 0}, windows, sub_windows);
     run("the same, last tenth without sampling", {sub_windows, .1}, windows, sub_windows);
@@ -240,7 +240,7 @@ int main(int argc, char** argv) {
             if (option == "--steps") settings.steps = number_of<std::int32_t>(option, value, 1);
             else if (option == "--folder") settings.folder = value;
             else if (option == "--held-out") settings.held_out = number_of<std::uint32_t>(option, value, 1);
-            else if (option == "--seed") settings.seed = number_of<std::uint64_t>(option, value, 0);
+            else if (option == "--seed") settings.seed = settings.model.seed = number_of<std::uint64_t>(option, value, 0);
             else return false;
             return true;
         },

@@ -107,7 +107,7 @@ private:
 /// Numbers with the first bit set are held out.
 Task digits_task() {
     const auto digits = std::make_shared<const std::pair<Digits, Digits>>(read_digits());
-    return {17, 10, 64, [digits](std::uint64_t seed, std::uint32_t number) {
+    return {17, 10, 64, static_cast<int>(digits->second.count()), [digits](std::uint64_t seed, std::uint32_t number) {
                 const bool held_out = number >> 31;
                 const Digits& from = held_out ? digits->second : digits->first;
                 const std::size_t at = held_out ? (number & 0x7fffffff) % from.count() : RandomRow(seed, number, digits_stream).below(static_cast<std::uint32_t>(from.count()));
@@ -133,8 +133,8 @@ struct Settings : Training {
         else if (name != "quick") throw std::runtime_error("--setting must be tiny, quick, full or paper");
     }
     Task make_task() const {
-        if (task == "listops") return {15, 10, listops.longest, listops};
-        if (task == "paths") return {3, 2, paths.side * paths.side, paths};
+        if (task == "listops") return {15, 10, listops.longest, 0, listops};
+        if (task == "paths") return {3, 2, paths.side * paths.side, 0, paths};
         if (task == "digits") return digits_task();
         throw std::runtime_error("--task must be listops, paths or digits");
     }
@@ -203,11 +203,16 @@ int main(int argc, char** argv) {
     return run_program(
         "listops", argc, argv,
         [&](const std::string& option, const std::string& value) {
-            if (option == "--setting") settings.choose(value);
+            if (option == "--setting") settings.choose(value);  // what other options then change
             else if (option == "--task") settings.task = value;
             else if (option == "--sweep") settings.sweep = value;
             else return settings.set(option, value);
             return true;
         },
-        [&] { return run(settings); });
+        [&] {
+            // Where there are few, each is tested once.
+            if (const int most = settings.make_task().held_out; most > 0) settings.test = std::min(settings.test, most);
+            return run(settings);
+        },
+        "--setting");
 }

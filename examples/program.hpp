@@ -29,14 +29,15 @@ Number number_of(const std::string& option, const std::string& value, Number lea
 }
 
 /// set(option, value) for each pair of "--option value", then run(); what is thrown becomes a message and status 1. set returns whether it
-/// knows the option.
-inline int run_program(const char* name, int argc, char** argv, const std::function<bool(const std::string&, const std::string&)>& set, const std::function<int()>& run) {
+/// knows the option. `first` comes before all others, wherever it stands: the option that others change the values of.
+inline int run_program(const char* name, int argc, char** argv, const std::function<bool(const std::string&, const std::string&)>& set, const std::function<int()>& run, const std::string& first = {}) {
     try {
-        for (int i = 1; i < argc; i += 2) {
-            const std::string option = argv[i];
-            if (i + 1 == argc) throw std::runtime_error(option + " needs a value");
-            if (!set(option, argv[i + 1])) throw std::runtime_error("unknown option " + option);
-        }
+        for (const bool early : {true, false})
+            for (int i = 1; i < argc; i += 2) {
+                const std::string option = argv[i];
+                if (i + 1 == argc) throw std::runtime_error(option + " needs a value");
+                if ((option == first) == early && !set(option, argv[i + 1])) throw std::runtime_error("unknown option " + option);
+            }
         return run();
     } catch (const std::exception& error) {
         std::cerr << name << ": " << error.what() << "\n";
