@@ -1,5 +1,6 @@
 #pragma once
-/// Everything for the CPU but layers with parameters (nn/), models.hpp, nystrom_attention.hpp and clustered_attention.hpp.
+/// Everything for the CPU but layers with parameters (nn/), what looks at patterns and samplers (analysis/), models.hpp, nystrom_attention.hpp and
+/// clustered_attention.hpp.
 
 #include <polyattn/attention.hpp>
 #include <polyattn/backend/simd/describe.hpp>

@@ -8,9 +8,12 @@
 #define POLYATTN_VERSION_PATCH 0
 
 // The linker keeps one body of an inline function. Translation units built with other -m flags, with or without OpenMP or
-// -ffast-math, may be linked together, so each combination lives in an inline namespace of its own.
+// -ffast-math, may be linked together, so each combination lives in an inline namespace of its own. What compilers use of themselves beside vectors, as BMI2,
+// comes with the vectors of -march=x86-64-v3 and above; other combinations of single flags that are not told apart here should not be mixed.
 #if defined(__AVX512F__) && defined(__AVX512DQ__) && defined(__AVX512BW__) && defined(__AMX_TILE__)
 #define POLYATTN_ARCH_TAG avx512_amx
+#elif defined(__AVX512F__) && defined(__AVX512DQ__) && defined(__AVX512BW__) && defined(__AVX512VBMI__)
+#define POLYATTN_ARCH_TAG avx512_vbmi
 #elif defined(__AVX512F__) && defined(__AVX512DQ__) && defined(__AVX512BW__)
 #define POLYATTN_ARCH_TAG avx512
 #elif defined(__AVX512F__)
@@ -33,6 +36,12 @@
 #define POLYATTN_ARCH_TAG baseline
 #endif
 
+#if defined(__BMI2__)
+#define POLYATTN_BITS_TAG _bmi2
+#else
+#define POLYATTN_BITS_TAG
+#endif
+
 #if defined(_OPENMP)
 #define POLYATTN_THREAD_TAG _openmp
 #else
@@ -45,9 +54,9 @@
 #define POLYATTN_MATH_TAG _ieee
 #endif
 
-#define POLYATTN_JOIN_(a, b, c) a##b##c
-#define POLYATTN_JOIN(a, b, c) POLYATTN_JOIN_(a, b, c)
-#define POLYATTN_ABI POLYATTN_JOIN(POLYATTN_ARCH_TAG, POLYATTN_THREAD_TAG, POLYATTN_MATH_TAG)
+#define POLYATTN_JOIN_(a, b, c, d) a##b##c##d
+#define POLYATTN_JOIN(a, b, c, d) POLYATTN_JOIN_(a, b, c, d)
+#define POLYATTN_ABI POLYATTN_JOIN(POLYATTN_ARCH_TAG, POLYATTN_BITS_TAG, POLYATTN_THREAD_TAG, POLYATTN_MATH_TAG)
 
 #define POLYATTN_TEXT_(a) #a
 #define POLYATTN_TEXT(a) POLYATTN_TEXT_(a)
