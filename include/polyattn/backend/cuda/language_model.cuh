@@ -162,7 +162,7 @@ private:
     /// Weights with rows of whole vectors.
     struct Linear {
         Linear(const Parameters& parameters, const std::string& name, offset_t wanted_out, offset_t wanted_in) {
-            const Tensor<T>& from = detail::cuda::find_parameter(parameters, name + ".weight", std::array{wanted_out, wanted_in});
+            const Tensor<T>& from = detail::cuda::find_parameter(parameters, name + ".weight", std::array<offset_t, 2>{wanted_out, wanted_in});
             bias = Table(parameters, name + ".bias", {from.shape[0]});
             out = static_cast<index_t>(from.shape[0]);
             const auto columns = static_cast<std::size_t>(from.shape[1]);
@@ -185,7 +185,7 @@ private:
               down(parameters, name + ".feed_forward.down", dim, up.out), attention_norm(parameters, name + ".attention_norm", dim), feed_forward_norm(parameters, name + ".feed_forward_norm", dim), layer(attention) {
             if constexpr (requires(std::remove_cvref_t<decltype(layer.bias())> bias) { bias.table.assign(std::size_t{}, double{}); }) {
                 auto bias = layer.bias();
-                const Tensor<T>& table = detail::cuda::find_parameter(parameters, name + ".attention.bias_table", std::array{static_cast<offset_t>(bias.table.size())});
+                const Tensor<T>& table = detail::cuda::find_parameter(parameters, name + ".attention.bias_table", std::array<offset_t, 1>{static_cast<offset_t>(bias.table.size())});
                 bias.table.assign(table.values.begin(), table.values.end());
                 layer = layer.with_bias(std::move(bias));
             }

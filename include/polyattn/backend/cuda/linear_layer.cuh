@@ -5,6 +5,7 @@
 #include <polyattn/core/tensor.hpp>
 
 #include <algorithm>
+#include <array>
 #include <map>
 #include <span>
 #include <string>

@@ -24,7 +24,7 @@ public:
     /// `name` is that of the CPU's layer; `blocks` are the columns of its last map, in units of dim. Without the numbers yet, which upload() brings. Throws
     /// invalid_input if the first parameter is missing or not square, cuda_error.
     MultiResolutionWeights(const Parameters& parameters, const std::string& name, index_t resolutions, bool routed, index_t blocks) : resolutions_(resolutions), routed_(routed) {
-        const Tensor<T>& query = find_parameter(parameters, name + ".query", std::array{any_extent, any_extent});
+        const Tensor<T>& query = find_parameter(parameters, name + ".query", std::array<offset_t, 2>{any_extent, any_extent});
         require(query.shape[0] == query.shape[1] && query.shape[0] >= 1, (name + ".query").c_str(), "[dim, dim]", shape_text(query.shape));
         dim_ = static_cast<index_t>(query.shape[0]);
         width_ = padded<T>(dim_);
