@@ -218,8 +218,10 @@ private:
     }
 
     template <class T>
+    static constexpr auto kind = kernel ? CudaSaved<T>::Kind::kernel : CudaSaved<T>::Kind::softmax;
+    template <class T>
     void check_saved(const CudaSaved<T>& saved) const {
-        saved.require(kernel ? CudaSaved<T>::Kind::kernel : CudaSaved<T>::Kind::softmax, recursion_.hops.size());
+        saved.require(kind<T>, recursion_.hops.size());
         if constexpr (requires { bias_.check_heads(index_t{}); }) bias_.check_heads(saved.q_.heads());
     }
 
@@ -240,7 +242,7 @@ private:
         run<T>(q, k, v, out, saved.options_, nullptr, &saved, accumulate);
         saved.options_.device_workspace = nullptr;
         saved.hop_count_ = recursion_.hops.size();
-        saved.kind_ = kernel ? CudaSaved<T>::Kind::kernel : CudaSaved<T>::Kind::softmax;
+        saved.kind_ = kind<T>;
     }
 
     template <class T>
