@@ -61,8 +61,20 @@
 #define POLYATTN_TEXT_(a) #a
 #define POLYATTN_TEXT(a) POLYATTN_TEXT_(a)
 
-#define POLYATTN_BEGIN_NAMESPACE namespace polyattn { inline namespace POLYATTN_ABI {
-#define POLYATTN_END_NAMESPACE } }
+// What GCC before 14 warns of without reason, where users ask for it: constant array extents that are int (-Wsign-conversion), and its own AVX-512 header.
+#if defined(__GNUC__) && !defined(__clang__) && !defined(__CUDACC__)
+#define POLYATTN_QUIET                                           \
+    _Pragma("GCC diagnostic push")                               \
+    _Pragma("GCC diagnostic ignored \"-Wsign-conversion\"")      \
+    _Pragma("GCC diagnostic ignored \"-Wmaybe-uninitialized\"")
+#define POLYATTN_LOUD _Pragma("GCC diagnostic pop")
+#else
+#define POLYATTN_QUIET
+#define POLYATTN_LOUD
+#endif
+
+#define POLYATTN_BEGIN_NAMESPACE POLYATTN_QUIET namespace polyattn { inline namespace POLYATTN_ABI {
+#define POLYATTN_END_NAMESPACE } } POLYATTN_LOUD
 
 #if defined(__GNUC__)
 #define POLYATTN_ALWAYS_INLINE inline __attribute__((always_inline))

@@ -323,7 +323,7 @@ private:
                     UnitBlock& at = blocks[count];
                     at = this->unit_block(unit, slot, p, range);
                     if (at.block.keys == 0) continue;
-                    const auto size = static_cast<std::size_t>(count) * static_cast<std::size_t>(range.size()) * group_size;
+                    const auto size = count * static_cast<std::size_t>(range.size()) * group_size;
                     at.weights = buffers.weights ? buffers.weights + size : this->stored_weights(at);
                     at.d_scores = buffers.d_scores ? buffers.d_scores + size : nullptr;
                     ++count;

@@ -163,7 +163,7 @@ POLYATTN_ALWAYS_INLINE void for_column_panels(index_t columns, F&& f) {
     const index_t vectors = columns / Lanes, panels = (vectors + N - 1) / N;
     for (index_t panel = 0; panel < panels; ++panel) {
         const index_t first = vectors * panel / panels, last = vectors * (panel + 1) / panels;
-        with_count<N>(static_cast<int>(last - first), [&](auto width) POLYATTN_INLINE_LAMBDA { f(width, first * Lanes); });
+        with_count<N>(last - first, [&](auto width) POLYATTN_INLINE_LAMBDA { f(width, first * Lanes); });
     }
 }
 
