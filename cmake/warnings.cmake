@@ -3,8 +3,8 @@ function(polyattn_warnings target)
   if(NOT MSVC)
     target_compile_options(${target} PRIVATE -Wall -Wextra -Wshadow -Wconversion)
     if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU")
-      # g++ 12 reports its own AVX-512 headers as uninitialised, and assigning an initializer list to an empty vector as nonnull.
-      target_compile_options(${target} PRIVATE -Wno-maybe-uninitialized -Wno-uninitialized -Wno-nonnull)
+      # g++ 12 reports assigning an initializer list to an empty vector.
+      target_compile_options(${target} PRIVATE -Wno-nonnull)
     endif()
   endif()
 endfunction()
