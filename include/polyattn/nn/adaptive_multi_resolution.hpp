@@ -84,26 +84,11 @@ public:
         if (!options.key_lengths.empty()) saved.valid = options.key_lengths;
         for (index_t h = 0; h < resolutions; ++h) fold(h, saved.resolution[static_cast<std::size_t>(h)], workspace);
         route(x, tokens, saved, options, workspace);
+        sort_rows(tokens, saved);
+        if constexpr (learned) saved.balance_loss = loss_of_balance(saved);
         detail::reshape(saved.context, {x.rows, merge.in()});
         for (index_t b = 0; b < batch; ++b) detail::fill_with_zeros(detail::row_range(detail::rows_of(saved.context), b * tokens + saved.valid[static_cast<std::size_t>(b)], (b + 1) * tokens));
-        for (index_t h = 0; h < resolutions; ++h) {
-            auto& at = saved.resolution[static_cast<std::size_t>(h)];
-            const index_t marks = detail::segments(tokens, lengths[static_cast<std::size_t>(h)]), first = start(saved, h, 0), count = start(saved, h + 1, 0) - first;
-            detail::reshape(at.means, {offset_t{batch} * marks, dim_});
-            detail::reshape(at.landmarks, {offset_t{batch} * marks, 2 * dim_});
-            for (Tensor<T>* rows : {&at.rows, &at.queries, &at.out}) detail::reshape(*rows, {count, dim_});
-            for_each_item(batch, [&](index_t b) {
-                const index_t valid = saved.valid[static_cast<std::size_t>(b)], length = lengths[static_cast<std::size_t>(h)];
-                const MatrixView<T> means = detail::row_range(detail::rows_of(at.means), b * marks, (b + 1) * marks);
-                const index_t there = detail::segments(valid, length);
-                detail::simd::segment_means<Arch>(detail::row_range(x, b * tokens, b * tokens + valid), length, detail::row_range(means, 0, there));
-                for (index_t j = there; j < marks; ++j) std::fill_n(means.row(j), dim_, T(0));
-            });
-            detail::multiply(detail::rows_of(std::as_const(at.means)), detail::transposed(detail::rows_of(std::as_const(at.folded_keys))), detail::rows_of(at.landmarks), false, workspace);
-            gather(x, saved, first, detail::rows_of(at.rows));
-            detail::multiply(detail::rows_of(std::as_const(at.rows)), detail::transposed(detail::rows_of(std::as_const(at.folded_query))), detail::rows_of(at.queries), false, workspace);
-            at.attention.resize(static_cast<std::size_t>(batch));
-        }
+        for (index_t h = 0; h < resolutions; ++h) project(h, x, batch, saved, workspace);
         prepare_workspaces(saved);
         parallel_for(offset_t{resolutions} * batch, [&](offset_t unit, int worker) {
             const auto h = static_cast<index_t>(unit / batch), b = static_cast<index_t>(unit % batch);
@@ -113,51 +98,22 @@ public:
             own_options.draw.worker = options.draw.worker * static_cast<std::uint32_t>(resolutions * batch) + static_cast<std::uint32_t>(unit);  // masks of its own
             inner_.forward_into(views.q, at.attention[static_cast<std::size_t>(b)], constant(views.queries), constant(views.k), constant(views.v), own_options);
         });
-        for (index_t h = 0; h < resolutions; ++h) {
-            auto& at = saved.resolution[static_cast<std::size_t>(h)];
-            const index_t first = start(saved, h, 0);
-            detail::parallel_rows(static_cast<index_t>(at.out.shape[0]), [&](index_t r) {
-                const index_t row = saved.order[static_cast<std::size_t>(first + r)];
-                fetch_ahead(saved, first + r, detail::rows_of(std::as_const(saved.context)));
-                const T gate = std::same_as<Router, TopOne<Switch>> ? detail::rows_of(saved.probabilities)(row, h) : T(1);
-                detail::simd::scale_row<T, Arch>(detail::rows_of(at.out).row(r), gate, dim_, detail::rows_of(saved.context).row(row) + (all ? h * dim_ : 0));
-            });
-        }
+        for (index_t h = 0; h < resolutions; ++h) scatter(h, saved);
         merge.forward(detail::rows_of(std::as_const(saved.context)), y, workspace, detail::add_residual(residual, dropout));
     }
 
     /// d_x of the branch alone.
     void backward(MatrixView<const T> x, MatrixView<const T> d_y, MatrixView<T> d_x, index_t batch, Saved& saved, Workspace& workspace) {
-        const index_t tokens = batch > 0 ? x.rows / batch : 0;
+        const index_t tokens = x.rows / batch;
         const MatrixView<const T> d_merge = detail::dropped(d_y, saved.dropout, saved.d_merge);
         detail::reshape(saved.d_context, saved.context.shape);
         merge.backward(detail::rows_of(std::as_const(saved.context)), d_merge, detail::rows_of(saved.d_context), false, workspace);
-        const MatrixView<const T> d_context = detail::rows_of(std::as_const(saved.d_context));
         for (index_t i = 0; i < d_x.rows; ++i) std::fill_n(d_x.row(i), dim_, T(0));
         if constexpr (learned) {
             detail::reshape(saved.d_logits, {x.rows, resolutions});
             std::fill(saved.d_logits.values.begin(), saved.d_logits.values.end(), T(0));
         }
-        for (index_t h = 0; h < resolutions; ++h) {
-            auto& at = saved.resolution[static_cast<std::size_t>(h)];
-            detail::reshape(at.d_landmarks, at.landmarks.shape);
-            std::fill(at.d_landmarks.values.begin(), at.d_landmarks.values.end(), T(0));
-            for (Tensor<T>* rows : {&at.d_out, &at.d_queries, &at.d_rows}) detail::reshape(*rows, at.out.shape);
-            const index_t first = start(saved, h, 0);
-            const MatrixView<T> d_out = detail::rows_of(at.d_out), out = detail::rows_of(at.out);
-            detail::parallel_rows(d_out.rows, [&](index_t r) {
-                const index_t row = saved.order[static_cast<std::size_t>(first + r)];
-                const T* const d = d_context.row(row) + (all ? h * dim_ : 0);
-                T gate = 1;
-                if constexpr (learned && !std::same_as<Router, TopOne<Literal>>) {
-                    const MatrixView<T> p = detail::rows_of(saved.probabilities);
-                    const T through = detail::simd::dot<T, Arch>(d, out.row(r), dim_) * p(row, h);
-                    for (index_t j = 0; j < resolutions; ++j) detail::rows_of(saved.d_logits)(row, j) += through * ((j == h ? T(1) : T(0)) - p(row, j));
-                    if constexpr (std::same_as<Router, TopOne<Switch>>) gate = p(row, h);
-                }
-                detail::simd::scale_row<T, Arch>(d, gate, dim_, d_out.row(r));
-            });
-        }
+        for (index_t h = 0; h < resolutions; ++h) scatter_backward(h, saved);
         prepare_workspaces(saved);
         parallel_for(offset_t{resolutions} * batch, [&](offset_t unit, int worker) {
             const auto h = static_cast<index_t>(unit / batch), b = static_cast<index_t>(unit % batch);
@@ -166,46 +122,8 @@ public:
             Gradients<TensorView<T>> gradients{views.queries, views.k, views.v, {}, {}};
             inner_.backward_into(gradients, at.attention[static_cast<std::size_t>(b)], constant(views.q), {.workspace = &saved.workspaces[static_cast<std::size_t>(worker)]});
         });
-        for (index_t h = 0; h < resolutions; ++h) {
-            auto& at = saved.resolution[static_cast<std::size_t>(h)];
-            const auto own_at = static_cast<std::size_t>(3 * h);
-            const MatrixView<const T> d_queries = detail::rows_of(std::as_const(at.d_queries)), d_landmarks = detail::rows_of(std::as_const(at.d_landmarks));
-            // Queries: rows of x, scattered back.
-            detail::multiply(d_queries, detail::rows_of(std::as_const(at.folded_query)), detail::rows_of(at.d_rows), false, workspace);
-            const index_t first = start(saved, h, 0);
-            detail::parallel_rows(static_cast<index_t>(at.d_rows.shape[0]), [&](index_t r) {
-                detail::simd::add_scaled<T, Arch>(T(1), detail::rows_of(at.d_rows).row(r), dim_, d_x.row(saved.order[static_cast<std::size_t>(first + r)]));
-            });
-            detail::reshape(at.d_folded, {2 * dim_, dim_});
-            const MatrixView<T> d_folded = detail::row_range(detail::rows_of(at.d_folded), 0, dim_);
-            detail::multiply(detail::transposed(d_queries), detail::rows_of(std::as_const(at.rows)), d_folded, false, workspace);
-            unfold(d_folded, own[own_at], query, workspace);
-            // Landmarks: means of x, spread back.
-            detail::reshape(at.d_means, at.means.shape);
-            detail::multiply(d_landmarks, detail::rows_of(std::as_const(at.folded_keys)), detail::rows_of(at.d_means), false, workspace);
-            const index_t marks = detail::segments(tokens, lengths[static_cast<std::size_t>(h)]);
-            for_each_item(batch, [&](index_t b) {
-                detail::simd::spread_segments<Arch>(saved.valid[static_cast<std::size_t>(b)], lengths[static_cast<std::size_t>(h)],
-                                                    MatrixView<const T>(detail::row_range(detail::rows_of(at.d_means), b * marks, (b + 1) * marks)),
-                                                    detail::row_range(d_x, b * tokens, (b + 1) * tokens));
-            });
-            detail::multiply(detail::transposed(d_landmarks), detail::rows_of(std::as_const(at.means)), detail::rows_of(at.d_folded), false, workspace);
-            unfold(d_folded, own[own_at + 1], key, workspace);
-            unfold(detail::row_range(detail::rows_of(at.d_folded), dim_, 2 * dim_), own[own_at + 2], value, workspace);
-        }
-        if constexpr (learned) {
-            balance(saved, x.rows);
-            const MatrixView<const T> d_logits = detail::rows_of(std::as_const(saved.d_logits));
-            detail::multiply(d_logits, detail::rows_of(std::as_const(saved.folded_router)), d_x, true, workspace);
-            detail::reshape(saved.d_folded_router, {resolutions, dim_});
-            // Item by item where there is padding, whose rows may hold anything.
-            const bool whole = std::all_of(saved.valid.begin(), saved.valid.end(), [&](index_t valid) { return valid == tokens; });
-            for (index_t b = 0; b < (whole ? std::min(batch, index_t{1}) : batch); ++b) {
-                const index_t first = b * tokens, last = whole ? x.rows : first + saved.valid[static_cast<std::size_t>(b)];
-                detail::multiply(detail::transposed(detail::row_range(d_logits, first, last)), detail::row_range(x, first, last), detail::rows_of(saved.d_folded_router), b > 0, workspace);
-            }
-            unfold(detail::rows_of(saved.d_folded_router), router[0], query, workspace);
-        }
+        for (index_t h = 0; h < resolutions; ++h) project_backward(h, d_x, batch, saved, workspace);
+        if constexpr (learned) route_backward(x, d_x, saved, workspace);
     }
 
     template <class F>
@@ -257,7 +175,86 @@ private:
         detail::multiply(detail::transposed(detail::rows_of(std::as_const(second.value))), d_folded, detail::rows_of(first.gradient), true, workspace);
     }
 
-    /// Routes of all rows, and the rows sorted by (resolution, item).
+    /// Landmarks of all items, and the queries that go to resolution h.
+    void project(index_t h, MatrixView<const T> x, index_t batch, Saved& saved, Workspace& workspace) const {
+        auto& at = saved.resolution[static_cast<std::size_t>(h)];
+        const index_t tokens = x.rows / batch, length = lengths[static_cast<std::size_t>(h)], marks = detail::segments(tokens, length), first = start(saved, h, 0), count = start(saved, h + 1, 0) - first;
+        detail::reshape(at.means, {offset_t{batch} * marks, dim_});
+        detail::reshape(at.landmarks, {offset_t{batch} * marks, 2 * dim_});
+        for (Tensor<T>* rows : {&at.rows, &at.queries, &at.out}) detail::reshape(*rows, {count, dim_});
+        for_each_item(batch, [&](index_t b) {
+            const index_t valid = saved.valid[static_cast<std::size_t>(b)], there = detail::segments(valid, length);
+            const MatrixView<T> means = detail::row_range(detail::rows_of(at.means), b * marks, (b + 1) * marks);
+            detail::simd::segment_means<Arch>(detail::row_range(x, b * tokens, b * tokens + valid), length, detail::row_range(means, 0, there));
+            for (index_t j = there; j < marks; ++j) std::fill_n(means.row(j), dim_, T(0));
+        });
+        detail::multiply(detail::rows_of(std::as_const(at.means)), detail::transposed(detail::rows_of(std::as_const(at.folded_keys))), detail::rows_of(at.landmarks), false, workspace);
+        gather(x, saved, first, detail::rows_of(at.rows));
+        detail::multiply(detail::rows_of(std::as_const(at.rows)), detail::transposed(detail::rows_of(std::as_const(at.folded_query))), detail::rows_of(at.queries), false, workspace);
+        at.attention.resize(static_cast<std::size_t>(batch));
+    }
+    /// d_x += what comes through them, and the gradients of their maps.
+    void project_backward(index_t h, MatrixView<T> d_x, index_t batch, Saved& saved, Workspace& workspace) {
+        auto& at = saved.resolution[static_cast<std::size_t>(h)];
+        const auto own_at = static_cast<std::size_t>(3 * h);
+        const MatrixView<const T> d_queries = detail::rows_of(std::as_const(at.d_queries)), d_landmarks = detail::rows_of(std::as_const(at.d_landmarks));
+        // Queries: rows of x, scattered back.
+        detail::multiply(d_queries, detail::rows_of(std::as_const(at.folded_query)), detail::rows_of(at.d_rows), false, workspace);
+        const index_t first = start(saved, h, 0);
+        detail::parallel_rows(static_cast<index_t>(at.d_rows.shape[0]), [&](index_t r) {
+            detail::simd::add_scaled<T, Arch>(T(1), detail::rows_of(at.d_rows).row(r), dim_, d_x.row(saved.order[static_cast<std::size_t>(first + r)]));
+        });
+        detail::reshape(at.d_folded, {2 * dim_, dim_});
+        const MatrixView<T> d_folded = detail::row_range(detail::rows_of(at.d_folded), 0, dim_);
+        detail::multiply(detail::transposed(d_queries), detail::rows_of(std::as_const(at.rows)), d_folded, false, workspace);
+        unfold(d_folded, own[own_at], query, workspace);
+        // Landmarks: means of x, spread back.
+        detail::reshape(at.d_means, at.means.shape);
+        detail::multiply(d_landmarks, detail::rows_of(std::as_const(at.folded_keys)), detail::rows_of(at.d_means), false, workspace);
+        const index_t tokens = d_x.rows / batch, length = lengths[static_cast<std::size_t>(h)], marks = detail::segments(tokens, length);
+        for_each_item(batch, [&](index_t b) {
+            detail::simd::spread_segments<Arch>(saved.valid[static_cast<std::size_t>(b)], length,
+                                                MatrixView<const T>(detail::row_range(detail::rows_of(at.d_means), b * marks, (b + 1) * marks)),
+                                                detail::row_range(d_x, b * tokens, (b + 1) * tokens));
+        });
+        detail::multiply(detail::transposed(d_landmarks), detail::rows_of(std::as_const(at.means)), detail::rows_of(at.d_folded), false, workspace);
+        unfold(d_folded, own[own_at + 1], key, workspace);
+        unfold(detail::row_range(detail::rows_of(at.d_folded), dim_, 2 * dim_), own[own_at + 2], value, workspace);
+    }
+    /// The outputs of resolution h to their rows of the context, times their gate.
+    void scatter(index_t h, Saved& saved) const {
+        auto& at = saved.resolution[static_cast<std::size_t>(h)];
+        const index_t first = start(saved, h, 0);
+        detail::parallel_rows(static_cast<index_t>(at.out.shape[0]), [&](index_t r) {
+            const index_t row = saved.order[static_cast<std::size_t>(first + r)];
+            fetch_ahead(saved, first + r, detail::rows_of(std::as_const(saved.context)));
+            const T gate = std::same_as<Router, TopOne<Switch>> ? detail::rows_of(saved.probabilities)(row, h) : T(1);
+            detail::simd::scale_row<T, Arch>(detail::rows_of(at.out).row(r), gate, dim_, detail::rows_of(saved.context).row(row) + (all ? h * dim_ : 0));
+        });
+    }
+    void scatter_backward(index_t h, Saved& saved) const {
+        auto& at = saved.resolution[static_cast<std::size_t>(h)];
+        detail::reshape(at.d_landmarks, at.landmarks.shape);
+        std::fill(at.d_landmarks.values.begin(), at.d_landmarks.values.end(), T(0));
+        for (Tensor<T>* rows : {&at.d_out, &at.d_queries, &at.d_rows}) detail::reshape(*rows, at.out.shape);
+        const index_t first = start(saved, h, 0);
+        const MatrixView<const T> d_context = detail::rows_of(std::as_const(saved.d_context));
+        const MatrixView<T> d_out = detail::rows_of(at.d_out), out = detail::rows_of(at.out);
+        detail::parallel_rows(d_out.rows, [&](index_t r) {
+            const index_t row = saved.order[static_cast<std::size_t>(first + r)];
+            const T* const d = d_context.row(row) + (all ? h * dim_ : 0);
+            T gate = 1;
+            if constexpr (learned && !std::same_as<Router, TopOne<Literal>>) {
+                const MatrixView<T> p = detail::rows_of(saved.probabilities);
+                const T through = detail::simd::dot<T, Arch>(d, out.row(r), dim_) * p(row, h);
+                for (index_t j = 0; j < resolutions; ++j) detail::rows_of(saved.d_logits)(row, j) += through * ((j == h ? T(1) : T(0)) - p(row, j));
+                if constexpr (std::same_as<Router, TopOne<Switch>>) gate = p(row, h);
+            }
+            detail::simd::scale_row<T, Arch>(d, gate, dim_, d_out.row(r));
+        });
+    }
+
+    /// Routes of all rows.
     void route(MatrixView<const T> x, index_t tokens, Saved& saved, const CallOptions& options, Workspace& workspace) const {
         const auto batch = static_cast<index_t>(saved.valid.size());
         saved.routes.assign(static_cast<std::size_t>(x.rows), -1);
@@ -291,7 +288,10 @@ private:
                 }
             }
         });
-        // A stable counting sort.
+    }
+    /// The rows sorted by (resolution, item): a stable counting sort.
+    void sort_rows(index_t tokens, Saved& saved) const {
+        const auto batch = static_cast<index_t>(saved.valid.size());
         saved.starts.assign(static_cast<std::size_t>(resolutions) * saved.valid.size() + 1, 0);
         const auto for_each = [&](auto&& f) {
             for (index_t b = 0; b < batch; ++b)
@@ -306,16 +306,33 @@ private:
         saved.order.resize(static_cast<std::size_t>(saved.starts.back()));
         std::vector<index_t> next(saved.starts.begin(), saved.starts.end() - 1);
         for_each([&](std::size_t bucket, index_t row) { saved.order[static_cast<std::size_t>(next[bucket]++)] = row; });
-        saved.balance_loss = 0;
-        if constexpr (learned)
-            if (recipe_.router.balance > 0 && !saved.order.empty()) {
-                const auto rows = double(saved.order.size());
-                for (index_t h = 0; h < resolutions; ++h) {
-                    double mean = 0;
-                    for (const index_t row : saved.order) mean += double(detail::rows_of(saved.probabilities)(row, h)) / rows;
-                    saved.balance_loss += recipe_.router.balance * resolutions * share(saved, h) * mean;
-                }
-            }
+    }
+    /// d_x += what comes through the router, and its gradients.
+    void route_backward(MatrixView<const T> x, MatrixView<T> d_x, Saved& saved, Workspace& workspace) {
+        balance(saved, x.rows);
+        const MatrixView<const T> d_logits = detail::rows_of(std::as_const(saved.d_logits));
+        detail::multiply(d_logits, detail::rows_of(std::as_const(saved.folded_router)), d_x, true, workspace);
+        detail::reshape(saved.d_folded_router, {resolutions, dim_});
+        // Item by item where there is padding, whose rows may hold anything.
+        const auto batch = static_cast<index_t>(saved.valid.size());
+        const index_t tokens = x.rows / batch;
+        const bool whole = std::all_of(saved.valid.begin(), saved.valid.end(), [&](index_t valid) { return valid == tokens; });
+        for (index_t b = 0; b < (whole ? 1 : batch); ++b) {
+            const index_t first = b * tokens, last = whole ? x.rows : first + saved.valid[static_cast<std::size_t>(b)];
+            detail::multiply(detail::transposed(detail::row_range(d_logits, first, last)), detail::row_range(x, first, last), detail::rows_of(saved.d_folded_router), b > 0, workspace);
+        }
+        unfold(detail::rows_of(saved.d_folded_router), router[0], query, workspace);
+    }
+
+    double loss_of_balance(const Saved& saved) const {
+        if (recipe_.router.balance <= 0 || saved.order.empty()) return 0;
+        double loss = 0;
+        for (index_t h = 0; h < resolutions; ++h) {
+            double mean = 0;
+            for (const index_t row : saved.order) mean += double(detail::rows_of(saved.probabilities)(row, h)) / double(saved.order.size());
+            loss += recipe_.router.balance * resolutions * share(saved, h) * mean;
+        }
+        return loss;
     }
     static double share(const Saved& saved, index_t h) { return double(start(saved, h + 1, 0) - start(saved, h, 0)) / double(saved.order.size()); }
     /// The load-balance loss's part of d_logits.

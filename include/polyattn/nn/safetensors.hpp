@@ -66,30 +66,9 @@ struct TensorFile {
         try {
             const nlohmann::json entries = nlohmann::json::parse(header);
             if (!entries.is_object()) throw file_error(path, "no safetensors file: its header is no object");
-            for (const auto& [name, entry] : entries.items()) {
-                if (name == "__metadata__") {
-                    file.metadata = entry.template get<std::map<std::string, std::string>>();
-                    continue;
-                }
-                const auto range = entry.at("data_offsets").template get<std::array<std::uint64_t, 2>>();
-                Tensor<T>& tensor = file.tensors[name];
-                tensor.shape = entry.at("shape").template get<std::vector<offset_t>>();
-                std::uint64_t count = 1;
-                for (const offset_t extent : tensor.shape) {
-                    if (extent < 0 || (extent > 0 && count > data.size() / static_cast<std::uint64_t>(extent))) throw file_error(path, name + " is larger than the file");
-                    count *= static_cast<std::uint64_t>(extent);
-                }
-                tensor.values.resize(count);
-                const auto type = entry.at("dtype").template get<std::string>();
-                const std::uint64_t bytes = type == "F64" || type == "I64" ? 8 : type == "F32" || type == "I32" ? 4 : type == "F16" || type == "BF16" ? 2 : 0;
-                if (bytes == 0) throw file_error(path, name + " has type " + type + "; F64, F32, F16, BF16, I64 and I32 can be read");
-                if (range[1] > data.size() || range[0] > range[1] || range[1] - range[0] != count * bytes) throw file_error(path, name + " does not fill its place in the file");
-                const char* from = data.data() + range[0];
-                for (T& value : tensor.values) {
-                    value = static_cast<T>(number(from, type));
-                    from += bytes;
-                }
-            }
+            for (const auto& [name, entry] : entries.items())
+                if (name == "__metadata__") file.metadata = entry.template get<std::map<std::string, std::string>>();
+                else file.tensors[name] = tensor_of(path, name, entry, data);
         } catch (const nlohmann::json::exception& error) {
             throw file_error(path, std::string("no safetensors file: ") + error.what());
         }
@@ -124,6 +103,28 @@ struct TensorFile {
 
 private:
     static_assert(std::endian::native == std::endian::little, "polyattn: safetensors files are little-endian; reversing bytes is not supported");
+    /// A tensor as its entry of the header describes it. `data` is what follows the header.
+    static Tensor<T> tensor_of(const std::filesystem::path& path, const std::string& name, const nlohmann::json& entry, const std::vector<char>& data) {
+        const auto range = entry.at("data_offsets").template get<std::array<std::uint64_t, 2>>();
+        const auto type = entry.at("dtype").template get<std::string>();
+        Tensor<T> tensor;
+        tensor.shape = entry.at("shape").template get<std::vector<offset_t>>();
+        std::uint64_t count = 1;
+        for (const offset_t extent : tensor.shape) {
+            if (extent < 0 || (extent > 0 && count > data.size() / static_cast<std::uint64_t>(extent))) throw file_error(path, name + " is larger than the file");
+            count *= static_cast<std::uint64_t>(extent);
+        }
+        const std::uint64_t bytes = type == "F64" || type == "I64" ? 8 : type == "F32" || type == "I32" ? 4 : type == "F16" || type == "BF16" ? 2 : 0;
+        if (bytes == 0) throw file_error(path, name + " has type " + type + "; F64, F32, F16, BF16, I64 and I32 can be read");
+        if (range[1] > data.size() || range[0] > range[1] || range[1] - range[0] != count * bytes) throw file_error(path, name + " does not fill its place in the file");
+        tensor.values.resize(count);
+        const char* from = data.data() + range[0];
+        for (T& value : tensor.values) {
+            value = static_cast<T>(number(from, type));
+            from += bytes;
+        }
+        return tensor;
+    }
     static double number(const char* from, const std::string& type) {
         const auto as = [&]<class Number>(Number value) {
             std::memcpy(&value, from, sizeof value);
