@@ -70,6 +70,23 @@ TEST_CASE("into, accumulate, strides, workspaces, a saved pass that is used agai
     CHECK(to_host(layer.with_compression(table)(on.view(), on.view(), on.view())).values == to_host(Attention<StridedConvolution, Cuda>{table}(on.view(), on.view(), on.view())).values);
 }
 
+TEST_CASE("maxima of segments keep NaN, in its column alone") {
+    POLYATTN_RANDOM(random);
+    const index_t n = 20, d = 6, column = 2;
+    const auto q = random.tensor<double>({1, 2, n, d}), k = random.tensor<double>({1, 2, n, d});
+    auto v = random.tensor<double>({1, 2, n, d});
+    const auto run = [&] {
+        const auto dq = to_device(q.view()), dk = to_device(k.view()), dv = to_device(std::as_const(v).view());
+        return to_host(Attention<SegmentMax<3>, Cuda>{}(dq.view(), dk.view(), dv.view())).values;
+    };
+    const auto before = run();
+    v.values[static_cast<std::size_t>(random.below(n) * d + column)] = std::numeric_limits<double>::quiet_NaN();  // of the first head
+    const auto after = run();
+    for (std::size_t i = 0; i < after.size(); ++i)
+        if (i < static_cast<std::size_t>(n * d) && i % d == column) CHECK(detail::is_nan(after[i]));
+        else CHECK(after[i] == before[i]);
+}
+
 TEST_CASE("errors name the argument") {
     const CudaTensor<float> x({1, 1, 6, 4}), y({1, 1, 5, 4});
     const Attention<SegmentMeans<2>, Cuda> layer;

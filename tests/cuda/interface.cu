@@ -297,6 +297,10 @@ TEST_CASE("errors name the argument, or the call") {
     CHECK(on([&] { Attention<LocalGlobalRandom, PPR<2>, Cuda>{}.backward(saved, x.view()); }) == "saved");
     const Attention<Alibi, Cuda> two_heads{Alibi(2)};
     CHECK(on([&] { two_heads(x.view(), x.view(), x.view()); }) == "heads of Alibi");
+    // The last valid query stands at the last valid key, so an item's length would move its bias.
+    CudaOptions shorter;
+    shorter.key_lengths = {6};
+    CHECK(on([&] { Attention<Alibi, Cuda>{Alibi(1)}(y.view(), x.view(), x.view(), shorter); }) == "key_lengths");
     try {
         detail::cuda::DeviceMemory too_much(std::size_t{1} << 60);
         FAIL("nothing thrown");
