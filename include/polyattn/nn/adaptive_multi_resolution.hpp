@@ -88,7 +88,7 @@ public:
         if constexpr (learned) saved.balance_loss = loss_of_balance(saved);
         detail::reshape(saved.context, {x.rows, merge.in()});
         for (index_t b = 0; b < batch; ++b) detail::fill_with_zeros(detail::row_range(detail::rows_of(saved.context), b * tokens + saved.valid[static_cast<std::size_t>(b)], (b + 1) * tokens));
-        for (index_t h = 0; h < resolutions; ++h) project(h, x, batch, saved, workspace);
+        for (index_t h = 0; h < resolutions; ++h) project(h, x, saved, workspace);
         prepare_workspaces(saved);
         parallel_for(offset_t{resolutions} * batch, [&](offset_t unit, int worker) {
             const auto h = static_cast<index_t>(unit / batch), b = static_cast<index_t>(unit % batch);
@@ -122,7 +122,7 @@ public:
             Gradients<TensorView<T>> gradients{views.queries, views.k, views.v, {}, {}};
             inner_.backward_into(gradients, at.attention[static_cast<std::size_t>(b)], constant(views.q), {.workspace = &saved.workspaces[static_cast<std::size_t>(worker)]});
         });
-        for (index_t h = 0; h < resolutions; ++h) project_backward(h, d_x, batch, saved, workspace);
+        for (index_t h = 0; h < resolutions; ++h) project_backward(h, d_x, saved, workspace);
         if constexpr (learned) route_backward(x, d_x, saved, workspace);
     }
 
@@ -155,6 +155,7 @@ private:
     static void for_each_item(index_t batch, F&& f) {
         parallel_for(batch, [&](offset_t b, int) { f(static_cast<index_t>(b)); });
     }
+    static index_t batch_of(const Saved& saved) { return static_cast<index_t>(saved.valid.size()); }
     static TensorView<const T> constant(const TensorView<T>& view) { return view; }
     static index_t start(const Saved& saved, index_t h, index_t b) { return saved.starts[static_cast<std::size_t>(h) * saved.valid.size() + static_cast<std::size_t>(b)]; }
 
@@ -176,9 +177,9 @@ private:
     }
 
     /// Landmarks of all items, and the queries that go to resolution h.
-    void project(index_t h, MatrixView<const T> x, index_t batch, Saved& saved, Workspace& workspace) const {
+    void project(index_t h, MatrixView<const T> x, Saved& saved, Workspace& workspace) const {
         auto& at = saved.resolution[static_cast<std::size_t>(h)];
-        const index_t tokens = x.rows / batch, length = lengths[static_cast<std::size_t>(h)], marks = detail::segments(tokens, length), first = start(saved, h, 0), count = start(saved, h + 1, 0) - first;
+        const index_t batch = batch_of(saved), tokens = x.rows / batch, length = lengths[static_cast<std::size_t>(h)], marks = detail::segments(tokens, length), first = start(saved, h, 0), count = start(saved, h + 1, 0) - first;
         detail::reshape(at.means, {offset_t{batch} * marks, dim_});
         detail::reshape(at.landmarks, {offset_t{batch} * marks, 2 * dim_});
         for (Tensor<T>* rows : {&at.rows, &at.queries, &at.out}) detail::reshape(*rows, {count, dim_});
@@ -193,8 +194,8 @@ private:
         detail::multiply(detail::rows_of(std::as_const(at.rows)), detail::transposed(detail::rows_of(std::as_const(at.folded_query))), detail::rows_of(at.queries), false, workspace);
         at.attention.resize(static_cast<std::size_t>(batch));
     }
-    /// d_x += what comes through them, and the gradients of their maps.
-    void project_backward(index_t h, MatrixView<T> d_x, index_t batch, Saved& saved, Workspace& workspace) {
+    /// d_x += what comes through landmarks and queries of resolution h, and the gradients of their maps.
+    void project_backward(index_t h, MatrixView<T> d_x, Saved& saved, Workspace& workspace) {
         auto& at = saved.resolution[static_cast<std::size_t>(h)];
         const auto own_at = static_cast<std::size_t>(3 * h);
         const MatrixView<const T> d_queries = detail::rows_of(std::as_const(at.d_queries)), d_landmarks = detail::rows_of(std::as_const(at.d_landmarks));
@@ -211,7 +212,7 @@ private:
         // Landmarks: means of x, spread back.
         detail::reshape(at.d_means, at.means.shape);
         detail::multiply(d_landmarks, detail::rows_of(std::as_const(at.folded_keys)), detail::rows_of(at.d_means), false, workspace);
-        const index_t tokens = d_x.rows / batch, length = lengths[static_cast<std::size_t>(h)], marks = detail::segments(tokens, length);
+        const index_t batch = batch_of(saved), tokens = d_x.rows / batch, length = lengths[static_cast<std::size_t>(h)], marks = detail::segments(tokens, length);
         for_each_item(batch, [&](index_t b) {
             detail::simd::spread_segments<Arch>(saved.valid[static_cast<std::size_t>(b)], length,
                                                 MatrixView<const T>(detail::row_range(detail::rows_of(at.d_means), b * marks, (b + 1) * marks)),
@@ -256,7 +257,7 @@ private:
 
     /// Routes of all rows.
     void route(MatrixView<const T> x, index_t tokens, Saved& saved, const CallOptions& options, Workspace& workspace) const {
-        const auto batch = static_cast<index_t>(saved.valid.size());
+        const index_t batch = batch_of(saved);
         saved.routes.assign(static_cast<std::size_t>(x.rows), -1);
         if constexpr (learned) {
             detail::reshape(saved.folded_router, {resolutions, dim_});
@@ -291,7 +292,7 @@ private:
     }
     /// The rows sorted by (resolution, item): a stable counting sort.
     void sort_rows(index_t tokens, Saved& saved) const {
-        const auto batch = static_cast<index_t>(saved.valid.size());
+        const index_t batch = batch_of(saved);
         saved.starts.assign(static_cast<std::size_t>(resolutions) * saved.valid.size() + 1, 0);
         const auto for_each = [&](auto&& f) {
             for (index_t b = 0; b < batch; ++b)
@@ -314,8 +315,7 @@ private:
         detail::multiply(d_logits, detail::rows_of(std::as_const(saved.folded_router)), d_x, true, workspace);
         detail::reshape(saved.d_folded_router, {resolutions, dim_});
         // Item by item where there is padding, whose rows may hold anything.
-        const auto batch = static_cast<index_t>(saved.valid.size());
-        const index_t tokens = x.rows / batch;
+        const index_t batch = batch_of(saved), tokens = x.rows / batch;
         const bool whole = std::all_of(saved.valid.begin(), saved.valid.end(), [&](index_t valid) { return valid == tokens; });
         for (index_t b = 0; b < (whole ? 1 : batch); ++b) {
             const index_t first = b * tokens, last = whole ? x.rows : first + saved.valid[static_cast<std::size_t>(b)];
@@ -323,7 +323,7 @@ private:
         }
         unfold(detail::rows_of(saved.d_folded_router), router[0], query, workspace);
     }
-
+    /// Its weight times H times the sum over resolutions of the share of rows that one gets times its mean probability.
     double loss_of_balance(const Saved& saved) const {
         if (recipe_.router.balance <= 0 || saved.order.empty()) return 0;
         double loss = 0;
