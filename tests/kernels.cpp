@@ -54,6 +54,77 @@ TEST_CASE("queries that see nothing of the first tiles, far below the others' re
     }
 }
 
+TEST_CASE("one hop over ranges of keys: sizes around tiles of 16 and 32, biases, padding") {
+    POLYATTN_RANDOM(random);
+    for (const index_t n : {15, 31, 32, 33, 63, 65, 96, 131})
+        for (const Plan& plan : {Dense{}.plan(n, n), Causal{}.plan(n, n), SlidingWindow{.window = 50}.plan(n, n), Dense{}.plan(n, 2 * n + 5), BlockLocal{.block = 37}.plan(n, n)}) {
+            Case c{"one hop", plan, NoDiffusion{}.recursion(), dims[random.below(std::size(dims))], dims[random.below(std::size(dims))], 2, 2, 1};
+            check_case<float>(c, random);
+            c.options.key_lengths = {plan.keys(), plan.keys() - n / 3};
+            check_case<float>(c, random, false);
+            check_bias<float>(c, random, Alibi(2));
+        }
+    check_case<float>({"many keys", Causal{}.plan(200, 1100), NoDiffusion{}.recursion(), 5, 20}, random, false);
+}
+
+TEST_CASE("queries of one tile that see far-apart keys") {
+    POLYATTN_RANDOM(random);
+    const index_t n = 700;
+    for (const bool by_group : {false, true}) {  // groups of 16 queries, or neighbours
+        PlanBuilder builder(n, n);
+        builder.range([&](index_t i) { return (by_group ? i / 16 : i) % 2 == 0 ? Bounds{i % 5, 40} : Bounds{600 + i % 3, n}; });
+        for (const Recursion& recursion : {NoDiffusion{}.recursion(), PPR<2>{}.recursion()}) check_case<float>({"far apart", PlanBuilder(builder).build(), recursion, 5, 6}, random);
+    }
+}
+
+TEST_CASE("numbers that are infinite, or nearly so, reach whoever sees them and nobody else") {
+    POLYATTN_RANDOM(random);
+    const float infinity = std::numeric_limits<float>::infinity(), nan = std::numeric_limits<float>::quiet_NaN();
+    const index_t n = 80, dim = 20, odd = 40 + random.below(20);
+    const auto q = random.tensor<float>({n, dim}), k = random.tensor<float>({n, dim}), v = random.tensor<float>({n, dim});
+    const Attention<Causal> layer;
+    const auto plain = layer(q.view(), k.view(), v.view());
+    const auto at = [&](index_t row, index_t column) { return static_cast<std::size_t>(row * dim + column); };
+    const auto same_rows = [&](const Tensor<float>& out, index_t first, index_t last) {
+        return std::equal(out.values.begin() + first * dim, out.values.begin() + last * dim, plain.values.begin() + first * dim);
+    };
+    for (const float value : {infinity, -infinity, nan, 3e30f}) {
+        auto values = v;
+        values.values[at(odd, 3)] = value;
+        const auto out = layer(q.view(), k.view(), values.view());
+        CHECK(same_rows(out, 0, odd));
+        bool right = true;
+        for (index_t i = odd; i < n; ++i)
+            for (index_t c = 0; c < dim; ++c) {
+                const float x = out.values[at(i, c)];
+                // Whole vectors of a row may be summed in another way once a row of values is not finite.
+                if (c != 3) right &= std::abs(x - plain.values[at(i, c)]) <= 1e-5f;
+                else if (value < infinity && value > 0) right &= x > 1e20f && x < value;
+                else right &= std::isnan(value) ? std::isnan(x) : x == value;
+            }
+        CHECK(right);
+    }
+    for (const float value : {infinity, nan, 3e30f}) {
+        auto keys = k, queries = q;
+        for (index_t c = 0; c < dim; ++c) keys.values[at(odd, c)] = c == 5 ? value : 0;
+        const auto out = layer(q.view(), keys.view(), v.view());
+        CHECK(same_rows(out, 0, odd));
+        bool right = true;
+        for (index_t i = odd; i < n; ++i) {
+            const float x = out.values[at(i, 1)];
+            if (std::isnan(value)) right &= std::isnan(x);
+            else if (q.values[at(i, 5)] < 0) right &= detail::is_finite(x);
+            else if (value < infinity) right &= std::abs(x - v.values[at(odd, 1)]) <= 4 * 0x1p-24f * std::abs(v.values[at(odd, 1)]);  // p v / p
+            else right &= std::isnan(x);  // infinity - infinity
+        }
+        CHECK(right);
+        queries.values[at(odd, 5)] = value;
+        const auto others = layer(queries.view(), k.view(), v.view());
+        CHECK(same_rows(others, 0, odd));
+        CHECK(same_rows(others, odd + 1, n));
+    }
+}
+
 TEST_CASE("pow2: relative error, exact zeros, NaN") {
     using A = xsimd::default_arch;
     const auto check = []<class T>(T, double bound, double low, double high) {

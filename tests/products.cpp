@@ -50,7 +50,52 @@ void check_products() {
             }
 }
 
+/// What is not finite, or too large to be split, in one row of a or one column of b: that row or column as sums in double say, all others the same bits.
+template <class T>
+void check_extremes() {
+    POLYATTN_RANDOM(random);
+    Workspace workspace;
+    const index_t m = 70, n = 66, k = 300;
+    const T infinity = std::numeric_limits<T>::infinity();
+    for (const T value : {infinity, -infinity, std::numeric_limits<T>::quiet_NaN(), static_cast<T>(1e30), std::numeric_limits<T>::max()})
+        for (const bool of_a : {true, false}) {
+            auto a = random.tensor<T>({m, k}), b = random.tensor<T>({k, n});
+            Tensor<T> c({m, n}), plain({m, n});
+            const auto multiply = [&](Tensor<T>& to) {
+                detail::multiply<T>(std::as_const(a).view().head(0, 0), std::as_const(b).view().head(0, 0), to.view().head(0, 0), false, workspace);
+            };
+            multiply(plain);
+            const index_t line = random.below(of_a ? m : n), at = random.below(k);
+            (of_a ? a.values[static_cast<std::size_t>(line * k + at)] : b.values[static_cast<std::size_t>(at * n + line)]) = value;
+            multiply(c);
+            bool right = true;
+            for (index_t i = 0; i < m; ++i)
+                for (index_t j = 0; j < n; ++j) {
+                    const T x = c.values[static_cast<std::size_t>(i * n + j)];
+                    if ((of_a ? i : j) != line) {
+                        right &= x == plain.values[static_cast<std::size_t>(i * n + j)];
+                        continue;
+                    }
+                    double sum = 0, size = 0;
+                    for (index_t t = 0; t < k; ++t) {
+                        const double term = double(a.values[static_cast<std::size_t>(i * k + t)]) * double(b.values[static_cast<std::size_t>(t * n + j)]);
+                        sum += term;
+                        size += std::abs(term);
+                    }
+                    if (size > double(std::numeric_limits<T>::max()) || !(size == size)) right &= std::isnan(sum) ? std::isnan(x) : std::abs(sum) > double(std::numeric_limits<T>::max()) ? x == T(sum > 0 ? infinity : -infinity) : true;
+                    else right &= std::abs(double(x) - sum) <= (k + 2) * unit<T> * size;
+                }
+            INFO("value ", value, of_a ? " in a" : " in b");
+            CHECK(right);
+        }
+}
+
 }  // namespace
+
+TEST_CASE("products of matrices with numbers that are infinite or nearly so") {
+    check_extremes<float>();
+    check_extremes<double>();
+}
 
 TEST_CASE("products of matrices: every form, sizes around tiles and blocks, float") { check_products<float>(); }
 TEST_CASE("products of matrices: every form, sizes around tiles and blocks, double") { check_products<double>(); }

@@ -47,7 +47,7 @@ inline constexpr offset_t gather_ahead = 32;
 /// can wait for: there fetching costs sums up to a fifth.
 template <class T>
 bool fetches_gathers([[maybe_unused]] const Parts<T>& parts) {
-#if defined(__AMX_TILE__)
+#if defined(__AMX_BF16__)
     return false;
 #else
     return offset_t{parts.rows} * static_cast<offset_t>(sizeof(T)) * parts.width(0) > offset_t{512} << 10;

@@ -4,6 +4,7 @@
 #include <polyattn/backend/simd/fetch_ahead.hpp>
 #include <polyattn/backend/simd/rows.hpp>
 #include <polyattn/backend/simd/tiles.hpp>
+#include <polyattn/backend/simd/unit_product.hpp>
 
 POLYATTN_BEGIN_NAMESPACE
 
@@ -36,7 +37,7 @@ auto beside_of(const Other& other, F f) {
 /// b is packed block by block of the inner dimension. Each element is one chain of multiply-adds a block, added to c in order: bitwise the same
 /// for any number of threads. `finish(row, column, values)` gets the results piece by piece, each once, while they are in the first-level
 /// cache. What comes next (rows of a, b and c) is fetched line by line inside the tiles.
-template <class T, class A>
+template <class T, class A, class MatrixUnit = MatrixUnitOf<T, A>>
 class MatrixProduct {
     using V = Vec<T, A>;
     using Tiles = Tiling<T, A>;
@@ -52,6 +53,8 @@ public:
     template <class Finish = KeepResult>
     static void run(MatrixView<const T> a, MatrixView<const T> b, MatrixView<T> c, bool add, Workspace& workspace, Finish&& finish = {}) {
         if (c.rows == 0 || c.cols == 0) return;
+        if constexpr (!std::is_void_v<MatrixUnit>)
+            if (UnitProduct<A, MatrixUnit>::pays(c.rows, c.cols, a.cols)) return UnitProduct<A, MatrixUnit>::run(a, b, c, add, workspace, finish);
         constexpr bool finishes = !std::is_same_v<std::remove_cvref_t<Finish>, KeepResult>;
         const auto beside = [&] {
             if constexpr (requires { finish.beside; }) return finish.beside;

@@ -3,15 +3,17 @@
 
 #include <polyattn/backend/simd/edges.hpp>
 #include <polyattn/backend/simd/scores.hpp>
+#include <polyattn/backend/simd/unit_softmax.hpp>
 
 POLYATTN_BEGIN_NAMESPACE
 
 namespace detail::simd {
 
-template <class T, class A, class Bias>
+template <class T, class A, class Bias, class MatrixUnit = MatrixUnitOf<T, A>>
 class SparseSoftmax {
 public:
     using Tiles = Tiling<T, A>;
+    static constexpr bool has_unit = !std::is_void_v<MatrixUnit>;
 
     SparseSoftmax(const Head<T, Bias>& head, const Workers& workers)
         : head_(head), plan_(*head.plan), schedule_(plan_.template lowered<Schedule>()), workers_(workers), dim_(padded(head.q.cols, Tiles::lanes)),
@@ -48,8 +50,9 @@ public:
     bool is_alive(index_t row) const { return alive_[static_cast<std::size_t>(row)] != 0; }
     T logsumexp(index_t row) const { return is_alive(row) ? static_cast<T>(double(logsumexp_[static_cast<std::size_t>(row)]) * ln_2) : empty_row<T>(); }
     bool has_shared_rows() const { return schedule_.has_shared_rows(); }
-    /// 256 queries or more see a key on average, so that a copy of the keys and values costs little.
-    bool reads_often() const { return schedule_.weight_rows() >= offset_t{16} * head_.k.rows; }
+    /// So many queries see a key on average that a copy of the keys and values costs little.
+    bool reads_often() const { return queries_of_a_key() >= 256; }
+    offset_t queries_of_a_key() const { return schedule_.weight_rows() * group_size / std::max(head_.k.rows, index_t{1}); }
 
     /// All weights, or where they exceed the budget the logsumexp that they are computed from again.
     void prepare(bool wants_logsumexp) {
@@ -79,10 +82,12 @@ public:
             if (schedule_.slots(i).empty()) finish_row(i, wants_logsumexp);
         });
         start_rows(v, hop, out, out_stride);
+        const bool on_unit = prepare_matrix_unit(x);
         for_each_unit([&](const Unit& unit, Scratch& scratch) {
-            twice_if_masked(unit, scratch, [&](bool careful) {
-                online_weights(unit, x, scratch, [&](const UnitBlock& at) { accumulate(at, x, scratch, careful); });
-            });
+            if (!on_unit || !sum_on_matrix_unit(unit, scratch))
+                twice_if_masked(unit, scratch, [&](bool careful) {
+                    online_weights(unit, x, scratch, [&](const UnitBlock& at) { accumulate(at, x, scratch, careful); });
+                });
             finish_unit(unit, scratch, wants_logsumexp);
             if (!rows_are_lanes())
                 for (std::size_t g = unit.first; g < unit.last; ++g) for_each_lane(schedule_.groups()[g], [&](std::size_t, index_t row) { finish_row(row, wants_logsumexp); });
@@ -234,6 +239,7 @@ protected:
         }
     }
     static Bounds positions_of(const UnitBlock& at) { return {at.block.first, at.block.first + at.block.keys}; }
+    static bool overlap(const Block& a, const Block& b) { return a.first < b.first + b.keys && b.first < a.first + a.keys; }
 
     /// Edges of a row whose key is not padding.
     std::pair<offset_t, offset_t> edge_range(index_t i) const {
@@ -305,6 +311,59 @@ protected:
                 f(at);
             }
         });
+    }
+
+    /// Keys and values x for the matrix unit, where there is one and each is seen by so many queries that splitting them pays.
+    bool prepare_matrix_unit([[maybe_unused]] Rows<T> x) {
+        if constexpr (has_unit) {
+            if (queries_of_a_key() < MatrixUnit::least_queries || head_.dropout.drops_weights() || !MatrixUnit::is_available()) return false;
+            on_unit_.prepare(head_, k_, x, columns_, distances_, workers_);
+            return true;
+        }
+        return false;
+    }
+    /// Weights of a unit relative to running references and their sums; false where the matrix unit can't make them: keys that are listed or left out one by one.
+    bool sum_on_matrix_unit([[maybe_unused]] const Unit& unit, [[maybe_unused]] Scratch& scratch) {
+        if constexpr (has_unit) {
+            using OnUnit = decltype(on_unit_);
+            for (std::size_t slot = 0; slot < unit.groups(); ++slot)
+                for (const Piece& piece : schedule_.pieces(group_of(unit, slot)))
+                    if (piece.list_slot >= 0 || !plan_.tiles()[static_cast<std::size_t>(piece.tile)].excluded.empty()) return false;
+            const auto worker = static_cast<int>(&scratch - scratch_.data());
+            pack_queries(unit, scratch);
+            for (std::size_t slot = 0; slot < unit.groups(); ++slot) {
+                state(scratch, slot).start(out_of(scratch, slot), columns_);
+                on_unit_.start(worker, slot, queries_of(scratch, slot));
+            }
+            const std::size_t step = unit.wide ? unit.groups() : OnUnit::together;
+            for (std::size_t from = 0; from < unit.groups(); from += step)
+                for (std::size_t p = 0; p < pieces_of(unit); ++p) {
+                    const std::size_t to = std::min(from + step, unit.groups());
+                    const Bounds span = span_of(unit, from, to, p);
+                    const index_t offset = plan_.tiles()[static_cast<std::size_t>(schedule_.pieces(group_of(unit, from))[p].tile)].keys.front();
+                    for (index_t first = span.begin; first < span.end;) {
+                        const index_t last = unit.wide ? std::min(((offset + first) / OnUnit::range + 1) * OnUnit::range - offset, span.end) : span.end;
+                        for (std::size_t slot = from; slot < to; slot += OnUnit::together) {
+                            typename OnUnit::Member members[OnUnit::together];
+                            std::size_t count = 0;
+                            for (std::size_t member = slot; member < std::min(slot + OnUnit::together, to); ++member)
+                                if (const Block block = block_of(unit, member, p, {first, last}); block.keys > 0)
+                                    members[count++] = {&group_of(unit, member), block, &state(scratch, member), queries_of(scratch, member), member};
+                            const std::span<const typename OnUnit::Member> found(members, count);
+                            if (count > 1 && !overlap(members[0].block, members[1].block))
+                                for (std::size_t i = 0; i < count; ++i) on_unit_.add(worker, found.subspan(i, 1), scratch.ahead);
+                            else if (count > 0) on_unit_.add(worker, found, scratch.ahead);
+                        }
+                        first = last;
+                    }
+                }
+            for (std::size_t slot = 0; slot < unit.groups(); ++slot) {
+                on_unit_.finish(worker, slot, out_of(scratch, slot));
+                state(scratch, slot).has_out = true;
+            }
+            return true;
+        }
+        return false;
     }
 
     /// Stored blocks are relative to the references of their time: brings them to the last ones.
@@ -559,6 +618,8 @@ protected:
     Parts<T> source_, next_source_;  // what edges gather values from, now and in the next hop
     std::span<T> store_;
     std::span<Scratch> scratch_;
+    struct NoUnit {};
+    std::conditional_t<has_unit, UnitSoftmax<A, Bias, MatrixUnit>, NoUnit> on_unit_;
 };
 
 }  // namespace detail::simd
