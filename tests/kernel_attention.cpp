@@ -342,6 +342,34 @@ TEST_CASE("numbers below the smallest normal one count as 0 whatever the number 
 }
 #endif
 
+TEST_CASE_TEMPLATE("what stands behind the last valid query of a causal layer, or anywhere if none is valid, has no gradient", Backend, Simd<>, Reference) {
+    POLYATTN_RANDOM(random);
+    const index_t n = 49;
+    const auto check = [&](const auto& layer, index_t queries, index_t unseen) {
+        auto q = random.tensor<double>({n, 6}), k = random.tensor<double>({n, 6}), v = random.tensor<double>({n, 5}), d_out = random.tensor<double>({n, 5});
+        for (Tensor<double>* tensor : {&k, &v}) std::fill_n(tensor->values.begin() + unseen * tensor->shape[1], tensor->shape[1], std::numeric_limits<double>::quiet_NaN());
+        CallOptions options;
+        options.query_lengths = {queries};
+        options.key_lengths = {n};
+        const auto gradient = layer.backward(layer.forward(q.view(), k.view(), v.view(), options).saved, d_out.view());
+        INFO(queries, " queries, NaN at ", unseen);
+        for (const Tensor<double>* tensor : {&gradient.k, &gradient.v})
+            for (index_t j = 0; j < n; ++j)
+                for (offset_t c = 0; c < tensor->shape[1]; ++c) {
+                    const double x = tensor->values[static_cast<std::size_t>(j * tensor->shape[1] + c)];
+                    CHECK(detail::is_finite(x));
+                    if (j >= queries && (queries == 0 || j >= unseen)) CHECK(x == 0);
+                }
+    };
+    for (const index_t unseen : {10, 11, 31, 48}) {
+        check(Attention<Causal, Kernel<EluPlusOne>, Backend>{}, 10, unseen);
+        check(Attention<Causal, Kernel<ReLU, ExactOrZero>, Backend>{}, 10, unseen);
+    }
+    check(Attention<Kernel<ReLU>, Backend>{}, 0, 20);
+    check(Attention<Kernel<EluPlusOne, ExactOrMean>, Backend>{}, 0, 20);
+    check(Attention<Causal, Kernel<EluPlusOne>, Backend>{}, 0, 20);
+}
+
 TEST_CASE("errors name the argument") {
     const Tensor<float> x({1, 1, 4, 4});
     const Attention<Kernel<ReLU>> layer;

@@ -77,6 +77,86 @@ TEST_CASE("queries of one tile that see far-apart keys") {
     }
 }
 
+TEST_CASE("gradients do not depend on what scratch memory held: gaps between the keys of a group") {
+    POLYATTN_RANDOM(random);
+    const index_t n = 1088;
+    PlanBuilder builder(n, n);
+    builder.range([](index_t i) {
+        if (i < 32) return i == 15 ? Bounds{540, 552} : Bounds{0, 8};
+        if (i < 64) return i % 2 ? Bounds{96, 112} : Bounds{1080, 1088};
+        return Bounds{i, i + 1};
+    });
+    const auto check = [&]<class T>(T) {
+        const Fast layer{AnyDiffusion{PPR<2>{}.recursion()}};
+        const auto q = random.tensor<T>({n, 8});
+        Tensor<T> soil({n, 8});
+        std::fill(soil.values.begin(), soil.values.end(), std::numeric_limits<T>::quiet_NaN());
+        Workspace soiled;
+        CallOptions options;
+        options.plan = PlanBuilder(builder).build();
+        const auto clean = layer.backward(layer.forward(q.view(), q.view(), q.view(), options).saved, q.view());
+        const auto saved = layer.forward(q.view(), q.view(), q.view(), options).saved;
+        options.workspace = &soiled;
+        layer.backward(layer.forward(soil.view(), soil.view(), soil.view(), options).saved, soil.view(), options);
+        const auto again = layer.backward(saved, q.view(), options);
+        CHECK(again.q.values == clean.q.values);
+        CHECK(again.k.values == clean.k.values);
+        CHECK(again.v.values == clean.v.values);
+    };
+    check(float{});
+    check(double{});
+}
+
+TEST_CASE("large values that a query does not see leave its gradients alone") {
+    POLYATTN_RANDOM(random);
+    const index_t n = 16, dim = 8;
+    const auto q = random.tensor<float>({n, dim}), k = random.tensor<float>({n, dim}), d_out = random.tensor<float>({n, dim}, 10);
+    auto v = random.tensor<float>({n, dim}), plain = v;
+    std::fill(v.values.begin() + 13 * dim, v.values.end(), 1e38f);
+    const Fast layer{AnyDiffusion{NoDiffusion{}.recursion()}};
+    for (const Plan& plan : {Dense{}.plan(n, n), Causal{}.plan(n, n)}) {
+        CallOptions options;
+        options.plan = plan;
+        options.key_lengths = {13};
+        const auto padded = layer.backward(layer.forward(q.view(), k.view(), v.view(), options).saved, d_out.view());
+        const auto wanted = layer.backward(layer.forward(q.view(), k.view(), plain.view(), options).saved, d_out.view());
+        CHECK(padded.q.values == wanted.q.values);
+        CHECK(padded.k.values == wanted.k.values);
+        CHECK(padded.v.values == wanted.v.values);
+    }
+    const auto causal = [&](const Tensor<float>& values) {
+        const Attention<Causal> attention;
+        auto upstream = d_out;
+        std::fill(upstream.values.begin() + 13 * dim, upstream.values.end(), 0.f);
+        return attention.backward(attention.forward(q.view(), k.view(), values.view()).saved, upstream.view()).q.values;
+    };
+    const auto got = causal(v), wanted = causal(plain);
+    CHECK(std::equal(got.begin(), got.begin() + 13 * dim, wanted.begin()));
+}
+
+TEST_CASE("decoding reads no more of a cache than its valid keys, whatever the strides") {
+    POLYATTN_RANDOM(random);
+    const index_t capacity = 20000, valid = 70;
+    for (const auto& [dim, stride] : {std::pair{64, 1024}, std::pair{64, 64}, std::pair{20, 20}, std::pair{20, 1024}, std::pair{15, 15}}) {
+        const auto q = random.tensor<float>({1, dim});
+        Tensor<float> cache({capacity, stride});
+        std::fill(cache.values.begin(), cache.values.end(), std::numeric_limits<float>::quiet_NaN());
+        auto packed = random.tensor<float>({valid, dim});
+        for (index_t i = 0; i < valid; ++i) std::copy_n(packed.data() + i * dim, dim, cache.data() + offset_t{i} * stride);
+        const Fast layer{AnyDiffusion{NoDiffusion{}.recursion()}};
+        Workspace workspace;
+        CallOptions options;
+        options.workspace = &workspace;
+        options.plan = Dense{}.plan(1, valid);
+        const auto wanted = layer(q.view(), packed.view(), packed.view(), options);
+        options.plan = Dense{}.plan(1, capacity);
+        options.key_lengths = {valid};
+        const auto view = tensor_view<const float>(cache.data(), {capacity, dim}, {stride, 1});
+        CHECK(layer(q.view(), view, view, options).values == wanted.values);
+        CHECK(workspace.capacity() < 256u << 10);
+    }
+}
+
 TEST_CASE("numbers that are infinite, or nearly so, reach whoever sees them and nobody else") {
     POLYATTN_RANDOM(random);
     const float infinity = std::numeric_limits<float>::infinity(), nan = std::numeric_limits<float>::quiet_NaN();

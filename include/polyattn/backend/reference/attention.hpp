@@ -216,6 +216,8 @@ void scores_backward(const KernelHead<T, Features>& head, const KernelOperator& 
     const auto through = [&](const MatrixView<const T>& x, const std::vector<std::vector<double>>& features, const std::vector<std::vector<double>>& d_features, const MatrixView<T>& d_x) {
         for (std::size_t i = 0; i < features.size(); ++i) {
             const auto row = static_cast<index_t>(i);
+            // What nobody sees may be NaN, and its derivative with it.
+            if (std::all_of(d_features[i].begin(), d_features[i].end(), [](double d) { return d == 0; })) continue;
             for (index_t c = 0; c < x.cols; ++c) {
                 double d = 0;
                 if constexpr (has_directions<Features>) {  // shifts cancel, so they count as constants

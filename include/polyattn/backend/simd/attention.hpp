@@ -89,11 +89,24 @@ void forward(const AnyHead& head, const HeadResult<T>& result, Workers& workers)
         for (index_t i = 0; i < rows; ++i) result.logsumexp[i] = attention.logsumexp(i);
 }
 
+/// A head for its gradients. Of kernel scores without the keys that no query sees: what they hold must not meet states that are 0.
+template <class T, class Bias>
+const Head<T, Bias>& seen_by_queries(const Head<T, Bias>& head) {
+    return head;
+}
+template <class T, class Features>
+KernelHead<T, Features> seen_by_queries(KernelHead<T, Features> head) {
+    const index_t last = head.query_length == 0 ? 0 : head.causal ? head.k.rows - head.q.rows + head.query_length : head.key_length;
+    head.key_length = std::min(head.key_length, std::max(last, index_t{0}));
+    return head;
+}
+
 /// G_K = dOut; G_k = walk A^T G_{k+1}; dV = start G_0 + sum teleport G_{k+1}; dL/dA_ij = sum_k walk G_{k+1}[i] . Z_k[j].
 /// The softmax's row sums come without a pass over the pairs: sum_j A_ij dL/dA_ij = sum_k G_{k+1}[i] . (Z_{k+1}[i] - teleport V[i]).
 template <class A, class AnyHead, class T>
-void backward(const AnyHead& head, const HeadGradient<T>& gradient, Workers& workers) {
+void backward(const AnyHead& whole, const HeadGradient<T>& gradient, Workers& workers) {
     constexpr int width = lanes<T, A>;
+    const auto& head = seen_by_queries(whole);
     const auto& hops = head.recursion->hops;
     const auto count = hops.size();
     const index_t rows = head.q.rows, keys = head.k.rows, dim = head.v.cols;

@@ -126,7 +126,7 @@ class Decoding {
 public:
     Decoding(std::span<const Head<T, Bias>> heads, Workers& workers)
         : heads_(heads), first_(heads[0]), rows_(static_cast<index_t>(heads.size())), dim_(padded(first_.q.cols, width)), columns_(padded(first_.v.cols, width)),
-          k_(readable_rows(first_.k, true, width, workers[0])), v_(readable_rows(first_.v, true, width, workers[0])),
+          k_(rows_in_place(first_.k)), v_(rows_in_place(first_.v)),
           from_memory_(offset_t{first_.k.rows} * (dim_ + columns_) * static_cast<offset_t>(sizeof(T)) > offset_t{8} << 20) {
         Arena& arena = workers[0];
         queries_ = arena.take<T>(offset_t{layout_.sets} * dim_ * width).data();
@@ -148,10 +148,10 @@ public:
             // The next block comes in meanwhile: the hardware does not see ahead where keys and values take turns.
             NextRows<T> next_keys, next_values;
             if (const index_t next = run[at] + count; from_memory_ && !run.keys && next + block <= first_.k.rows) {
-                next_keys = {k_.row(next), k_.stride, block, dim_};
-                next_values = {v_.row(next), v_.stride, block, columns_};
+                if (k_.data) next_keys = {k_.row(next), k_.stride, block, dim_};
+                if (v_.data) next_values = {v_.row(next), v_.stride, block, columns_};
             }
-            const Rows<T> values = run.keys ? Rows<T>{chunk.values, columns_} : Rows<T>{v_.row(run[at]), v_.stride};
+            const Rows<T> values = copies_values(run) ? Rows<T>{chunk.values, columns_} : Rows<T>{v_.row(run[at]), v_.stride};
             score(run, at, count, chunk, next_keys);
             add_bias(run, at, count, chunk.weights);
             soften(count, chunk);
@@ -199,6 +199,19 @@ private:
         T *const state, *const weights, *const sums, *const keys, *const values, *const highest, *const total;
     };
 
+    /// Rows that tiles read where they are. Others are copied block by block, as those of lists are.
+    static Rows<T> rows_in_place(MatrixView<const T> view) {
+        return (view.col_stride == 1 || view.cols == 1) && view.cols % width == 0 ? Rows<T>{view.data, view.row_stride} : Rows<T>{};
+    }
+    bool copies_values(const KeyRun& run) const { return run.keys || !v_.data; }
+    /// Padded with zeros to `columns`.
+    static void copy_row(MatrixView<const T> from, index_t i, index_t columns, T* to) {
+        if (from.col_stride == 1) std::copy_n(from.row(i), from.cols, to);
+        else
+            for (index_t c = 0; c < from.cols; ++c) to[c] = from(i, c);
+        std::fill(to + from.cols, to + columns, T(0));
+    }
+
     /// The chunks hang on the plan only, so every number of threads adds in the same order.
     void cut(Arena& arena) {
         const index_t key_length = first_.query_length > 0 ? first_.key_length : 0;
@@ -217,19 +230,20 @@ private:
         const auto key_at = [&](index_t p) { return run[at + std::min(p, count - 1)]; };  // the last one stands for those behind
         layout_.with_run([&]<int Run>(std::integral_constant<int, Run>) {
             constexpr int M = decode_keys<T, A, Run>;
-            const index_t whole = run.keys ? 0 : count / M * M;
+            const index_t whole = run.keys || !k_.data ? 0 : count / M * M;
             for (index_t p = whole; p < padded(count, M); ++p) {
-                std::copy_n(k_.row(key_at(p)), dim_, chunk.keys + (p - whole) * dim_);
-                if (!run.keys) continue;
-                std::copy_n(v_.row(key_at(p)), columns_, chunk.values + p * columns_);
-                if (!from_memory_ || at + block + p >= run.count) continue;
-                for (index_t c = 0; c < dim_; c += cache_line<T>) prefetch(k_.row(run[at + block + p]) + c);
-                for (index_t c = 0; c < columns_; c += cache_line<T>) prefetch(v_.row(run[at + block + p]) + c);
+                copy_row(first_.k, key_at(p), dim_, chunk.keys + (p - whole) * dim_);
+                if (copies_values(run)) copy_row(first_.v, key_at(p), columns_, chunk.values + p * columns_);
+                if (!run.keys || !from_memory_ || at + block + p >= run.count) continue;
+                for (index_t c = 0; c < dim_; c += cache_line<T>) prefetch(first_.k.row(run[at + block + p]) + c);
+                for (index_t c = 0; c < columns_; c += cache_line<T>) prefetch(first_.v.row(run[at + block + p]) + c);
             }
+            if (copies_values(run))
+                for (index_t p = 0; p < whole; ++p) copy_row(first_.v, key_at(p), columns_, chunk.values + p * columns_);
             const SomeLines<T> next{&next_keys, SomeLines<T>::of(block, dim_, layout_.sets * (block / M) * std::max(dim_ / Run / 4, 1))};
             for (index_t set = 0; set < layout_.sets; ++set) {
                 const T* const queries = queries_ + set * dim_ * width;
-                score_heads<Run, T, A>(queries, dim_, {k_.row(key_at(0)), k_.stride}, whole, chunk.weights + set * width, layout_.slots, next);
+                if (whole > 0) score_heads<Run, T, A>(queries, dim_, {k_.row(key_at(0)), k_.stride}, whole, chunk.weights + set * width, layout_.slots, next);
                 score_heads<Run, T, A>(queries, dim_, {chunk.keys, dim_}, padded(count, M) - whole, chunk.weights + whole * layout_.slots + set * width, layout_.slots, next);
             }
         });
@@ -281,7 +295,7 @@ private:
     index_t rows_, dim_, columns_;
     index_t state_size_ = padded(columns_ + 2, width);  // sums, reference, sum of weights
     HeadLanes<T, A> layout_{rows_};
-    Rows<T> k_, v_;
+    Rows<T> k_, v_;  // null: not in place
     bool from_memory_;
     T *queries_, *states_;
     std::span<KeyRun> chunks_;

@@ -98,15 +98,19 @@ Rows<T> readable_rows(MatrixView<const T> view, bool whole_vectors, int lanes, A
     return {copy, stride};
 }
 
-/// A NaN or an infinity is among `count` values, a multiple of the lanes. By their bits: comparisons fold away under -ffast-math.
+/// A number of at least `limit` (> 0) in magnitude, or a NaN, is among `count` values, a multiple of the lanes. By their bits: comparisons fold away under -ffast-math.
 template <class T, class A>
-bool has_non_finite(const T* values, offset_t count) {
+bool has_magnitude(const T* values, offset_t count, T limit) {
     using Bits = std::conditional_t<sizeof(T) == 4, std::int32_t, std::int64_t>;
     using I = Vec<Bits, A>;
-    const I exponent(sizeof(T) == 4 ? static_cast<Bits>(0x7f800000) : static_cast<Bits>(0x7ff0000000000000));
+    const I magnitude(std::numeric_limits<Bits>::max()), below(std::bit_cast<Bits>(limit) - 1);
     auto found = I(Bits{0}) == I(Bits{1});
-    for (offset_t c = 0; c < count; c += lanes<T, A>) found = found | ((bit_cast<Bits>(Vec<T, A>::load_unaligned(values + c)) & exponent) == exponent);
+    for (offset_t c = 0; c < count; c += lanes<T, A>) found = found | ((bit_cast<Bits>(Vec<T, A>::load_unaligned(values + c)) & magnitude) > below);
     return xsimd::any(found);
+}
+template <class T, class A>
+bool has_non_finite(const T* values, offset_t count) {
+    return has_magnitude<T, A>(values, count, std::numeric_limits<T>::infinity());
 }
 
 /// Which rows hold a NaN or an infinity. A weight of 0 must not meet them.
@@ -118,15 +122,24 @@ public:
     template <class A, class T>
     void mark(Rows<T> rows, index_t count, index_t columns, Arena& arena) {
         if (marks_.size() < static_cast<std::size_t>(count)) marks_ = arena.take<std::uint8_t>(count);
-        parallel_rows(count, [&](index_t i) { marks_[static_cast<std::size_t>(i)] = has_non_finite<T, A>(rows.row(i), columns); });
-        any_ = std::any_of(marks_.begin(), marks_.begin() + count, [](std::uint8_t mark) { return mark != 0; });
+        // Two of these, times the columns, stay finite.
+        constexpr T large = sizeof(T) == 4 ? T(0x1p48) : T(0x1p496);
+        parallel_rows(count, [&](index_t i) {
+            const T* const row = rows.row(i);
+            marks_[static_cast<std::size_t>(i)] = !has_magnitude<T, A>(row, columns, large) ? none : has_non_finite<T, A>(row, columns) ? non_finite : finite_but_large;
+        });
+        highest_ = none;
+        for (index_t i = 0; i < count; ++i) highest_ = std::max(highest_, marks_[static_cast<std::size_t>(i)]);
     }
-    bool any() const { return any_; }
-    bool operator[](index_t row) const { return any_ && marks_[static_cast<std::size_t>(row)] != 0; }
+    bool any() const { return highest_ == non_finite; }
+    bool operator[](index_t row) const { return any() && marks_[static_cast<std::size_t>(row)] == non_finite; }
+    /// A row is not finite, or products of its numbers may not be.
+    bool any_large() const { return highest_ != none; }
 
 private:
+    static constexpr std::uint8_t none = 0, finite_but_large = 1, non_finite = 2;
     std::span<std::uint8_t> marks_;
-    bool any_ = false;
+    std::uint8_t highest_ = none;
 };
 
 /// Copies of listed rows, kept while tiles ask for the same list again: gathered once for all groups that share it.

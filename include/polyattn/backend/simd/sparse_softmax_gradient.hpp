@@ -119,10 +119,8 @@ public:
         if (stored_)
             this->for_each_unit([&](const Unit& unit, Scratch& scratch) {
                 this->start_final(unit, scratch);
-                this->for_each_block(unit, [&](std::span<UnitBlock> blocks) {
-                    this->place_weights(blocks, true, scratch);
-                    this->compute_final(blocks, unit, scratch, true);
-                });
+                // In the blocks that the passes read: others may leave out keys between those that a group sees.
+                for_each_shared_block(unit, {}, [&](std::span<const UnitBlock> blocks, Bounds) { this->compute_final(blocks, unit, scratch, true); });
             });
         block_keys_ = std::max<offset_t>(offset_t{Schedule::most_narrow_groups} * Tiles::key_block, offset_t{Schedule::most_groups} * Tiles::shared_key_block);
     }
@@ -281,7 +279,7 @@ private:
     struct NonFinite {
         NonFiniteRows queries;
         bool keys = false;    // there are some of k
-        bool clears = false;  // some of anything: gradients of scores that nothing sees are set to 0
+        bool clears = false;  // some of anything, or factors so large that dL/dA may not be finite: gradients of scores that nothing sees are set to 0
     };
     /// Marks those of A^T's x as well, which is a term's g `with_values`.
     NonFinite find_non_finite(std::span<const WeightGradientTerm<T>> terms, std::span<const T> row_means, Rows<T> q, Rows<T> k, bool with_values) {
@@ -295,10 +293,10 @@ private:
         for (const T mean : row_means) found.clears |= !is_finite(mean);
         for (const auto& term : terms) {
             bad_terms.mark<A>(term.z, head_.v.rows, columns_, arena);
-            found.clears |= bad_terms.any();
+            found.clears |= bad_terms.any_large();
             NonFiniteRows& bad_g = with_values ? bad_x_ : bad_terms;
             bad_g.mark<A>(term.g, head_.q.rows, columns_, arena);
-            found.clears |= bad_g.any();
+            found.clears |= bad_g.any_large();
         }
         return found;
     }
