@@ -213,7 +213,7 @@ POLYATTN_ALWAYS_INLINE void multiply_images(MatrixUnit& unit, Images a, Images b
             unit.template load<6>(b.first->parts[part]);
             if constexpr (C > 1) unit.template load<7>(b.first[b.stride].parts[part]);
         };
-        const auto multiply = [&] POLYATTN_INLINE_LAMBDA {
+        const auto multiply = [&]() POLYATTN_INLINE_LAMBDA {
             tiles([&](auto row, auto column) POLYATTN_INLINE_LAMBDA {
                 unit.template multiply_add<row * 2 + column, 4 + row, 6 + column>();
                 if constexpr (column + 1 == C) between();  // often, so that vectors and unit seldom wait for each other

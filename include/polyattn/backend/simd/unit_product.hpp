@@ -3,6 +3,7 @@
 #include <polyattn/backend/simd/matrix_unit.hpp>
 #include <polyattn/core/view.hpp>
 #include <polyattn/core/workspace.hpp>
+#include <polyattn/plan/part.hpp>
 
 POLYATTN_BEGIN_NAMESPACE
 

@@ -187,7 +187,7 @@ private:
             const index_t calls = (pending ? unit_calls<1>(value_tiles_) : 0) + (c + 1 < last ? unit_calls<2>(steps_) : 0);
             Weights<G> weights{buffers.scores[c % 2], buffers.weights[c % 2], {}, std::max(calls, index_t{1})};
             for (std::size_t g = 0; g < G; ++g) weights.states[g] = members[g].state;
-            const auto between = [&] POLYATTN_INLINE_LAMBDA { weights(); };
+            const auto between = [&]() POLYATTN_INLINE_LAMBDA { weights(); };
             if (c + 1 < last) score(c + 1, between);
             if (pending) {
                 sum(c - 1, between);
