@@ -16,10 +16,10 @@ template <class T>
 void check_products() {
     POLYATTN_RANDOM(random);
     Workspace workspace;
-    for (const std::array<index_t, 3>& size : {std::array<index_t, 3>{1, 1, 1}, {0, 3, 2}, {3, 0, 2}, {3, 4, 0}, {16, 48, 16}, {15, 47, 17}, {17, 49, 15}, {64, 96, 170}, {65, 97, 175}, {5, 130, 600}, {131, 7, 64}, {33, 24, 513}, {70, 100, 600}, {3, 700, 600}})
+    for (const std::array<index_t, 3>& shape : {std::array<index_t, 3>{1, 1, 1}, {0, 3, 2}, {3, 0, 2}, {3, 4, 0}, {16, 48, 16}, {15, 47, 17}, {17, 49, 15}, {64, 96, 170}, {65, 97, 175}, {5, 130, 600}, {131, 7, 64}, {33, 24, 513}, {70, 100, 600}, {3, 700, 600}})
         for (int form = 0; form < 4; ++form)
             for (const bool add : {false, true}) {
-                const index_t m = size[0], n = size[1], k = size[2];
+                const index_t m = shape[0], n = shape[1], k = shape[2];
                 // a and b as stored, or as the transpose of what is stored.
                 const auto a = form % 2 == 0 ? random.tensor<T>({m, k}) : random.tensor<T>({k, m}), b = form / 2 == 0 ? random.tensor<T>({k, n}) : random.tensor<T>({n, k});
                 const MatrixView<const T> va = a.view().head(0, 0), vb = b.view().head(0, 0);
