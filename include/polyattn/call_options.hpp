@@ -17,11 +17,12 @@ struct CallOptions {
     /// than keys, as in decoding with a cache, patterns and biases see each item's last valid query at its last valid key.
     std::vector<index_t> key_lengths = {};
     /// Valid queries of each batch item; the outputs behind are 0. Empty: as key_lengths if there are as many queries as keys
-    /// (self-attention), else all. A valid query behind the valid keys is seen by nobody, but diffusion with a teleport reads its value, for itself.
+    /// (self-attention), else all. A query may be valid although the key at its position is padding: nobody attends to it, but a diffusion with
+    /// teleport still mixes that row's own value into its output.
     std::vector<index_t> query_lengths = {};
     /// What samplers and dropout draw from.
     Draw draw = {};
-    /// Training only.
+    /// Applied by every call that sets it, operator() and into() as well: leave it at 0 for inference.
     Dropout dropout = {};
     /// Used instead of the pattern's and sampler's own.
     std::optional<Plan> plan = {};
@@ -33,7 +34,7 @@ struct CallOptions {
     /// Bytes that the stored weights of a head's tiles may take under diffusion and in backward; beyond, they are computed again. Weights
     /// of edges are always stored: one number an edge.
     std::size_t weight_budget = std::size_t{256} << 20;
-    /// into() adds to what the output holds: a residual connection.
+    /// into() and forward_into() add to what the output holds (a residual connection); calls that return a tensor ignore it.
     bool accumulate = false;
 };
 

@@ -8,8 +8,8 @@
 #define POLYATTN_VERSION_PATCH 0
 
 // The linker keeps one body of an inline function. Translation units built with other -m flags, with or without OpenMP or
-// -ffast-math, may be linked together, so each combination lives in an inline namespace of its own. What compilers use of themselves beside vectors, as BMI2,
-// comes with the vectors of -march=x86-64-v3 and above; other combinations of single flags that are not told apart here should not be mixed.
+// -ffast-math, may be linked together, so each combination lives in an inline namespace of its own. Flags that are not part of its name, -mlzcnt alone, say,
+// must not differ between files.
 #if defined(__AVX512F__) && defined(__AVX512DQ__) && defined(__AVX512BW__) && defined(__AMX_BF16__)
 #define POLYATTN_ARCH_TAG avx512_amx
 #elif defined(__AVX512F__) && defined(__AVX512DQ__) && defined(__AVX512BW__) && defined(__AVX512VBMI__)

@@ -91,6 +91,8 @@ template <class Bias>
 auto on_device(const Bias& bias, index_t queries, index_t keys, BiasMemory) {
     const auto bound = bind_bias(bias, queries, keys);
     static_assert(std::is_trivially_copyable_v<decltype(bound)>, "polyattn: a bias of one's own for Cuda must be trivially copyable, with a POLYATTN_HOST_DEVICE call operator");
+    static_assert(!LearnedBias<std::remove_const_t<decltype(bound)>> || LearnedDeviceBias<std::remove_const_t<decltype(bound)>>,
+                  "polyattn: a learned bias of one's own for Cuda needs POLYATTN_HOST_DEVICE offset_t entry(batch, head, query, key) const, the entry of its gradient that a pair adds to");
     return bound;
 }
 

@@ -14,7 +14,7 @@ POLYATTN_BEGIN_NAMESPACE
 /// - bind(queries, keys): a bound copy of the bias that is called instead; for biases that measure distances, since query i
 ///   stands at position i + keys - queries.
 /// - gradient_size() and accumulate_gradient(span<double> gradient, batch, head, query, key, double d_score): the bias is
-///   learned, and backward() returns its gradient.
+///   learned, and backward() returns its gradient. Cuda needs offset_t entry(batch, head, query, key), POLYATTN_HOST_DEVICE, instead: the entry that a pair adds to.
 /// - depends_on_distance, a static constexpr true, of the bound bias where there is one: it depends on batch, head and key - query
 ///   alone. Kernels then evaluate it once a distance.
 template <class P>
