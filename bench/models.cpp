@@ -11,22 +11,28 @@ namespace {
 
 std::map<index_t, std::vector<Row>> rows;  // by tokens, without accuracies
 
-/// Mean accuracy of each kind of attention, in %, over the runs of a file, whose keys end with /name.
+/// Mean accuracy of each kind of attention, in %, over those runs of a file that share task, setting, tokens, steps and items with its last one.
 std::map<std::string, double> read_accuracies(const std::string& path) {
-    std::map<std::string, std::pair<double, int>> sums;
+    std::map<std::string, std::map<std::string, std::pair<double, int>>> groups;
+    std::string last;
     std::ifstream file(path);
     if (!file) throw std::runtime_error("can't read " + path);
     for (std::string line; std::getline(file, line);) {
         const auto tab = line.find('\t');
         std::size_t name = 0;
-        for (int part = 0; part < 7; ++part) name = line.find('/', name) + 1;  // task, setting, sweep, tokens, steps, items, seed
-        if (tab == std::string::npos || name == 0 || name > tab) throw std::runtime_error(path + " is not what listops writes: " + line);
-        auto& [sum, count] = sums[line.substr(name, tab - name)];
+        last.clear();
+        for (int part = 0; part < 7; ++part) {  // task, setting, sweep, tokens, steps, items, seed; then the name
+            const std::size_t end = line.find('/', name) + 1;
+            if (tab == std::string::npos || end == 0 || end > tab) throw std::runtime_error(path + " is not what listops writes: " + line);
+            if (part != 2 && part != 6) last += line.substr(name, end - name);
+            name = end;
+        }
+        auto& [sum, count] = groups[last][line.substr(name, tab - name)];
         sum += std::stod(line.substr(tab + 1));
         ++count;
     }
     std::map<std::string, double> means;
-    for (const auto& [name, sum] : sums) means[name] = sum.first / sum.second;
+    for (const auto& [name, sum] : groups[last]) means[name] = sum.first / sum.second;
     return means;
 }
 

@@ -102,7 +102,9 @@ BENCHMARK(windows<8, false, true>)->Name("backward/windows:8")->Apply(sizes);
 BENCHMARK(windows<2, true, false>)->Name("causal_forward/windows:2")->Apply(sizes);
 BENCHMARK(windows<4, true, false>)->Name("causal_forward/windows:4")->Apply(sizes);
 BENCHMARK(windows<8, true, false>)->Name("causal_forward/windows:8")->Apply(sizes);
+BENCHMARK(windows<2, true, true>)->Name("causal_backward/windows:2")->Apply(sizes);
 BENCHMARK(windows<4, true, true>)->Name("causal_backward/windows:4")->Apply(sizes);
+BENCHMARK(windows<8, true, true>)->Name("causal_backward/windows:8")->Apply(sizes);
 // WikiText-103, then enwik8.
 BENCHMARK(table_1)
     ->ArgNames({"n", "layers", "sampled", "windows"})

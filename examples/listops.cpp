@@ -119,7 +119,7 @@ Task digits_task() {
 // --- what runs ---
 
 struct Settings : Training {
-    std::string task = "listops", setting = "quick", sweep = "models";
+    std::string task = "listops", setting = "quick", sweep = "models", shape;
     ListOps listops{3, 4, 4, 32};
     Paths paths{12, 3, 10};
 
@@ -132,7 +132,18 @@ struct Settings : Training {
         else if (name == "paper") steps = 5000, seeds = 3, test = 20000, batch = 32, listops = {10, 10, 500, 2000}, paths = {32, 6, 30};
         else if (name != "quick") throw std::runtime_error("--setting must be tiny, quick, full or paper");
     }
+    /// Other lengths and depths than the setting's; the runs are kept apart.
+    bool set(const std::string& option, const std::string& value) {
+        if (option == "--depth") listops.most_depth = number_of(option, value, 1);
+        else if (option == "--arguments") listops.most_arguments = number_of(option, value, 2);
+        else if (option == "--shortest") listops.shortest = number_of(option, value, 1);
+        else if (option == "--longest") listops.longest = number_of(option, value, 4);
+        else return Training::set(option, value);
+        shape = '-' + std::to_string(listops.most_depth) + '-' + std::to_string(listops.most_arguments) + '-' + std::to_string(listops.shortest);
+        return true;
+    }
     Task make_task() const {
+        if (task == "listops" && listops.shortest > listops.longest) throw std::runtime_error("--shortest must be at most --longest");
         if (task == "listops") return {15, 10, listops.longest, 0, listops};
         if (task == "paths") return {3, 2, paths.side * paths.side, 0, paths};
         if (task == "digits") return digits_task();
@@ -154,7 +165,7 @@ int run(const Settings& s) {
     std::vector<Row> rows;
     const auto add = [&](const std::string& name, const auto& attention) {
         using Model = nn::Classifier<float, std::remove_cvref_t<decltype(attention)>>;
-        rows.push_back(run_seeds(runs, s, s.task + '/' + s.setting + '/' + s.sweep + '/', name, task, [&](const nn::TransformerOptions& options) {
+        rows.push_back(run_seeds(runs, s, s.task + '/' + s.setting + s.shape + '/' + s.sweep + '/', name, task, [&](const nn::TransformerOptions& options) {
             return Model(attention, task.vocabulary, task.classes, options, task.tokens);
         }));
     };

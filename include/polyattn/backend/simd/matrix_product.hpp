@@ -53,13 +53,13 @@ public:
     template <class Finish = KeepResult>
     static void run(MatrixView<const T> a, MatrixView<const T> b, MatrixView<T> c, bool add, Workspace& workspace, Finish&& finish = {}) {
         if (c.rows == 0 || c.cols == 0) return;
-        if constexpr (!std::is_void_v<MatrixUnit>)
-            if (UnitProduct<A, MatrixUnit>::pays(c.rows, c.cols, a.cols)) return UnitProduct<A, MatrixUnit>::run(a, b, c, add, workspace, finish);
         constexpr bool finishes = !std::is_same_v<std::remove_cvref_t<Finish>, KeepResult>;
         const auto beside = [&] {
             if constexpr (requires { finish.beside; }) return finish.beside;
             else return MatrixView<const T>{};
         }();
+        if constexpr (!std::is_void_v<MatrixUnit>)
+            if (UnitProduct<A, MatrixUnit>::pays(c.rows, c.cols, a.cols)) return UnitProduct<A, MatrixUnit>::run(a, b, c, add, workspace, finish, beside);
         using LinesBeside = LinesOf<T, requires { *beside.data = T(0); }>;
         const index_t inner = a.cols;
         const int threads = worker_count();

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <polyattn/backend/simd/fetch_ahead.hpp>
 #include <polyattn/backend/simd/matrix_unit.hpp>
 #include <polyattn/core/view.hpp>
 #include <polyattn/core/workspace.hpp>
@@ -21,8 +22,9 @@ public:
         return rows >= MatrixUnit::least_rows && columns >= MatrixUnit::least_columns && inner >= MatrixUnit::least_terms && MatrixUnit::is_available();
     }
 
-    template <class Finish>
-    static void run(MatrixView<const float> a, MatrixView<const float> b, MatrixView<float> c, bool add, Workspace& workspace, Finish& finish) {
+    /// `finish` reads or writes the same part of `beside`, which like the next tiles of c is fetched line by line while the unit works.
+    template <class Finish, class Other>
+    static void run(MatrixView<const float> a, MatrixView<const float> b, MatrixView<float> c, bool add, Workspace& workspace, Finish& finish, MatrixView<Other> beside) {
         const int threads = worker_count();
         workspace.prepare(threads);
         Workers workers(workspace, 0, threads);
@@ -56,7 +58,14 @@ public:
                         const Bounds tile_columns{j, std::min(j + 2 * unit_side, columns.end)};
                         for (index_t i = rows.begin; i < rows.end; i += 2 * unit_side) {
                             const Bounds tile_rows{i, std::min(i + 2 * unit_side, rows.end)};
-                            multiply(matrix_unit, own.rows[(i - rows.begin) / unit_side], &packed[static_cast<std::size_t>((j - columns.begin) / unit_side * most_steps)], steps, c, tile_rows, tile_columns, add || block > 0, own);
+                            NextRows<float> next = tile_rows.end < rows.end ? rows_of(c, {tile_rows.end, std::min(tile_rows.end + 2 * unit_side, rows.end)}, tile_columns)
+                                                                            : rows_of(c, {rows.begin, std::min(rows.begin + 2 * unit_side, rows.end)}, {tile_columns.end, std::min(tile_columns.end + 2 * unit_side, columns.end)});
+                            NextRows<float> next_beside = block + 1 == blocks ? rows_of(beside, tile_rows, tile_columns) : NextRows<float>{};
+                            multiply(matrix_unit, own.rows[(i - rows.begin) / unit_side], &packed[static_cast<std::size_t>((j - columns.begin) / unit_side * most_steps)], steps, c, tile_rows, tile_columns,
+                                     add || block > 0, own, [&]() POLYATTN_INLINE_LAMBDA {
+                                         next.line<true>();
+                                         next_beside.template line<!std::is_const_v<Other>>();
+                                     });
                             if (odd) [[unlikely]] add_unsplittable(a, b, inner, c, tile_rows, tile_columns);
                             if (block + 1 == blocks)
                                 for (index_t row = tile_rows.begin; row < tile_rows.end; ++row) finish(row, j, std::span<float>(c.row(row) + j, static_cast<std::size_t>(tile_columns.size())));
@@ -73,15 +82,22 @@ private:
         float out[2 * unit_side * 2 * unit_side];
     };
 
+    template <class Value>
+    static NextRows<float> rows_of(MatrixView<Value> m, Bounds rows, Bounds columns) {
+        if (!m.data || m.col_stride != 1 || rows.empty() || columns.empty()) return {};
+        return {m.row(rows.begin) + columns.begin, m.row_stride, rows.size(), columns.size()};
+    }
+
     /// Up to 32 x 32 of c.
-    static void multiply(MatrixUnit& unit, const SplitImage* a, const SplitImage* b, index_t steps, MatrixView<float> c, Bounds rows, Bounds columns, bool add, Scratch& scratch) {
+    template <class Between>
+    static void multiply(MatrixUnit& unit, const SplitImage* a, const SplitImage* b, index_t steps, MatrixView<float> c, Bounds rows, Bounds columns, bool add, Scratch& scratch, Between&& between) {
         const bool whole = rows.size() % unit_side == 0 && columns.size() % unit_side == 0;
         float* const out = whole ? c.row(rows.begin) + columns.begin : scratch.out;
         const std::ptrdiff_t stride = whole ? c.row_stride : 2 * unit_side;
         if (!whole && add)
             for (index_t i = 0; i < rows.size(); ++i) std::copy_n(c.row(rows.begin + i) + columns.begin, columns.size(), out + i * stride);
         with_count<2>(rows.size() > unit_side ? 2 : 1, [&](auto r) POLYATTN_INLINE_LAMBDA {
-            with_count<2>(columns.size() > unit_side ? 2 : 1, [&](auto n) POLYATTN_INLINE_LAMBDA { multiply_images<r, n>(unit, {a, most_steps}, {b, most_steps}, steps, {out, stride, unit_side * stride, unit_side}, add, [] {}); });
+            with_count<2>(columns.size() > unit_side ? 2 : 1, [&](auto n) POLYATTN_INLINE_LAMBDA { multiply_images<r, n>(unit, {a, most_steps}, {b, most_steps}, steps, {out, stride, unit_side * stride, unit_side}, add, between); });
         });
         if (!whole)
             for (index_t i = 0; i < rows.size(); ++i) std::copy_n(out + i * stride, columns.size(), c.row(rows.begin + i) + columns.begin);
