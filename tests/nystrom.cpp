@@ -166,6 +166,38 @@ TEST_CASE("in a model; the other papers' layers are one line") {
     CHECK(run(MemoryCompressed<>{StridedConvolution::means(2)}) >= 16);
 }
 
+#if defined(_OPENMP)
+TEST_CASE("the same bits for any number of threads: landmarks of every kind") {
+    POLYATTN_RANDOM(random);
+    const int before = worker_count();
+    const index_t n = 150;
+    const auto q = random.tensor<float>({2, 6, n, 16}), k = random.tensor<float>({2, 3, n, 16}), v = random.tensor<float>({2, 3, n, 16}), d_out = random.tensor<float>({2, 6, n, 16});
+    const auto check = [&](const char* name, const auto& layer) {
+        const auto results = [&] {
+            const auto [out, saved] = layer.forward(q.view(), k.view(), v.view(), {.key_lengths = {n, 101}});
+            const auto gradient = layer.backward(saved, d_out.view());
+            return std::tuple{out.values, gradient.q.values, gradient.k.values, gradient.v.values, gradient.compression};
+        };
+        INFO(name);
+        omp_set_num_threads(1);
+        const auto one = results();
+        for (const int threads : {2, 3, 8}) {
+            omp_set_num_threads(threads);
+            CHECK(results() == one);
+        }
+    };
+    std::vector<double> table(6);
+    for (double& weight : table) weight = random.normal();
+    check("SegmentMeans", Attention<SegmentMeans<4>, Kernel<ReLU>>{});
+    check("SegmentMax", Attention<SegmentMax<4>>{});
+    check("StridedConvolution", Attention{StridedConvolution::means(3)});
+    check("LinearProjection", Attention{LinearProjection::drawn(n, 20, random.seed())});
+    check("KMeans", Attention{KMeans{.clusters = 12}});
+    check("NystromAttention", NystromAttention({.landmarks = 10, .width = 1, .table = table}));
+    omp_set_num_threads(before);
+}
+#endif
+
 TEST_CASE("errors name the argument") {
     const Tensor<float> x({1, 1, 6, 4}), y({1, 1, 5, 4});
     CHECK(argument([] { NystromAttention({.landmarks = 0}); }) == "landmarks");
