@@ -83,7 +83,11 @@ void check_extremes() {
                         sum += term;
                         size += std::abs(term);
                     }
-                    if (size > double(std::numeric_limits<T>::max()) || !(size == size)) right &= std::isnan(sum) ? std::isnan(x) : std::abs(sum) > double(std::numeric_limits<T>::max()) ? x == T(sum > 0 ? infinity : -infinity) : true;
+                    constexpr double largest = double(std::numeric_limits<T>::max());
+                    // By their bits: this is compiled with -ffast-math, too.
+                    if (detail::is_nan(sum)) right &= detail::is_nan(x);
+                    else if (!detail::is_finite(sum) || std::abs(sum) > largest) right &= !detail::is_nan(x) && !detail::is_finite(x) && std::signbit(x) == std::signbit(sum);
+                    else if (size > largest) continue;  // what comes out depends on the order
                     else right &= std::abs(double(x) - sum) <= (k + 2) * unit<T> * size;
                 }
             INFO("value ", value, of_a ? " in a" : " in b");
