@@ -205,7 +205,7 @@ private:
         const Block& block = member.block;
         const index_t p = c * chunk - block.tile->keys.front() - block.first;
         if (odd_keys_[static_cast<std::size_t>(c)] || own.odd_queries[member.slot]) [[unlikely]] score_left_out(c, own.odd_queries[member.slot], member.queries, scores);
-        if constexpr (!std::is_same_v<Bias, NoBias>) add_biases<float, A>(block, *head_, *distances_, *member.group, p, chunk, scores);
+        if constexpr (!std::is_same_v<Bias, NoBias>) add_biases_of_chunk(member, p, scores);
         if (p < block.all_begin || p + chunk > block.all_end) mask_scores<float, A>(block, p, chunk, scores);
         GroupState<float>& state = *member.state;
         bool raise = false;
@@ -221,6 +221,22 @@ private:
         if (!raise) [[likely]] return;
         follow();
         raise_sums(state, highest, sums_of(own, member.slot));
+    }
+
+    void add_biases_of_chunk(const Member& member, index_t p, float* scores) const {
+        if constexpr (DistanceTable<float, Bias>::exists) {
+            const index_t query = member.group->rows[0], key = member.block.key(p);
+            const float* const last = member.group->consecutive ? distances_->row(query, key + chunk - 1) : nullptr;
+            if (last && distances_->row(query, key)) {  // queries and keys run on: the rows of later keys lie before
+                for (int i = 0; i < chunk; ++i)
+                    for (int part = 0; part < group_size; part += width) {
+                        float* const score = scores + i * group_size + part;
+                        (V::load_aligned(score) + V::load_unaligned(last + (chunk - 1 - i) + part)).store_aligned(score);
+                    }
+                return;
+            }
+        }
+        add_biases<float, A>(member.block, *head_, *distances_, *member.group, p, chunk, scores);
     }
 
     POLYATTN_NOINLINE void raise_sums(GroupState<float>& state, const float* highest, float* sums) const {
