@@ -29,8 +29,9 @@ public:
         workspace.prepare(threads);
         Workers workers(workspace, 0, threads);
         const index_t blocks = (a.cols + inner_block - 1) / inner_block, units = (c.rows + row_block - 1) / row_block;
-        const auto packed = workers[0].take<SplitImage>(offset_t{column_block / unit_side} * most_steps);
-        const auto odd_columns = workers[0].take<std::uint8_t>(column_block / unit_side);
+        const index_t most_tiles = (std::min(c.cols, column_block) + unit_side - 1) / unit_side;
+        const auto packed = workers[0].take<SplitImage>(offset_t{most_tiles} * most_steps);
+        const auto odd_columns = workers[0].take<std::uint8_t>(most_tiles);
         const auto scratch = workers[0].take<Scratch*>(threads);
         for (Scratch*& own : scratch) own = workers[static_cast<int>(&own - scratch.data())].template take<Scratch>(1).data();
         for (index_t column = 0; column < c.cols; column += column_block) {
