@@ -190,6 +190,7 @@ struct ResultTiles {
     std::ptrdiff_t stride, row_of_tiles, column_of_tiles;
 };
 
+/// What multiplying R rows of tiles leaves room for between its products.
 template <int R>
 constexpr index_t unit_calls(index_t steps) { return 6 * R * steps; }
 

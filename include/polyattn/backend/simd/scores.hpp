@@ -176,23 +176,34 @@ private:
     index_t lowest_ = 0, highest_ = -1;
 };
 
+/// Raises the reference of the lanes whose `highest` relative score passed their threshold, by `rise`; `scale` is what was relative to the old one's factor.
+template <class T, class A>
+void raise_state(GroupState<T>& state, const T* highest, T* rise, T* scale) {
+    using V = Vec<T, A>;
+    for (int part = 0; part < group_size; part += lanes<T, A>) {
+        const V threshold = V::load_aligned(state.threshold + part), own = V::load_aligned(highest + part);
+        const auto raised = own > threshold;
+        const V by = xsimd::select(raised, own, V(T(0)));
+        by.store_aligned(rise + part);
+        (V::load_aligned(state.reference + part) + by).store_aligned(state.reference + part);
+        // A row that had no reference has nothing to rescale.
+        const V factor = xsimd::select(raised & (threshold > V(no_reference<T>)), pow2(V(T(0)) - by), V(T(1)));
+        factor.store_aligned(scale + part);
+        xsimd::select(raised, V(raise_above<T>), threshold).store_aligned(state.threshold + part);
+        (V::load_aligned(state.sum + part) * factor).store_aligned(state.sum + part);
+    }
+}
+
 /// Raises the reference of the lanes whose tile maximum passed their threshold. Rare, out of line. `score` is [keys][16].
 template <class T, class A>
 POLYATTN_NOINLINE void raise_reference(T* score, int keys, const T* tile_highest, GroupState<T>& state, const T* weights_end) {
     using V = Vec<T, A>;
     constexpr int lanes = Tiling<T, A>::lanes;
-    alignas(64) T scale[group_size];
+    alignas(64) T rise[group_size], scale[group_size];
+    raise_state<T, A>(state, tile_highest, rise, scale);
     for (int part = 0; part < group_size; part += lanes) {
-        const V threshold = V::load_aligned(state.threshold + part), highest = V::load_aligned(tile_highest + part);
-        const auto raised = highest > threshold;
-        const V rise = xsimd::select(raised, highest, V(T(0)));
-        for (int i = 0; i < keys; ++i) (V::load_aligned(score + i * group_size + part) - rise).store_aligned(score + i * group_size + part);
-        (V::load_aligned(state.reference + part) + rise).store_aligned(state.reference + part);
-        // A row that had no reference has nothing to rescale.
-        const V factor = xsimd::select(raised & (threshold > V(no_reference<T>)), pow2(V(T(0)) - rise), V(T(1)));
-        factor.store_aligned(scale + part);
-        xsimd::select(raised, V(raise_above<T>), threshold).store_aligned(state.threshold + part);
-        (V::load_aligned(state.sum + part) * factor).store_aligned(state.sum + part);
+        const V by = V::load_aligned(rise + part), factor = V::load_aligned(scale + part);
+        for (int i = 0; i < keys; ++i) (V::load_aligned(score + i * group_size + part) - by).store_aligned(score + i * group_size + part);
         for (T* weights = state.weights; weights < weights_end; weights += group_size)
             (V::load_aligned(weights + part) * factor).store_aligned(weights + part);
     }

@@ -322,13 +322,18 @@ protected:
         }
         return false;
     }
-    /// Weights of a unit relative to running references and their sums; false where the matrix unit can't make them: keys that are listed or left out one by one.
+    /// All keys that the unit's queries look at lie in ranges, none left out one by one.
+    bool looks_at_ranges(const Unit& unit) const {
+        for (std::size_t slot = 0; slot < unit.groups(); ++slot)
+            for (const Piece& piece : schedule_.pieces(group_of(unit, slot)))
+                if (piece.list_slot >= 0 || !plan_.tiles()[static_cast<std::size_t>(piece.tile)].excluded.empty()) return false;
+        return true;
+    }
+    /// Weights of a unit relative to running references and their sums; false where the matrix unit can't make them.
     bool sum_on_matrix_unit([[maybe_unused]] const Unit& unit, [[maybe_unused]] Scratch& scratch) {
         if constexpr (has_unit) {
             using OnUnit = decltype(on_unit_);
-            for (std::size_t slot = 0; slot < unit.groups(); ++slot)
-                for (const Piece& piece : schedule_.pieces(group_of(unit, slot)))
-                    if (piece.list_slot >= 0 || !plan_.tiles()[static_cast<std::size_t>(piece.tile)].excluded.empty()) return false;
+            if (!looks_at_ranges(unit)) return false;
             const auto worker = static_cast<int>(&scratch - scratch_.data());
             pack_queries(unit, scratch);
             for (std::size_t slot = 0; slot < unit.groups(); ++slot) {

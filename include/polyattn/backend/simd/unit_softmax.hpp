@@ -240,20 +240,13 @@ private:
     }
 
     POLYATTN_NOINLINE void raise_sums(GroupState<float>& state, const float* highest, float* sums) const {
-        for (int part = 0; part < group_size; part += width) {
-            const V threshold = V::load_aligned(state.threshold + part), above = V::load_aligned(highest + part);
-            const auto raised = above > threshold;
-            const V rise = xsimd::select(raised, above, V(0.f));
-            (V::load_aligned(state.reference + part) + rise).store_aligned(state.reference + part);
-            // A row that had no reference has nothing to rescale.
-            const V factor = xsimd::select(raised & (threshold > V(no_reference<float>)), pow2(V(0.f) - rise), V(1.f));
-            xsimd::select(raised, V(raise_above<float>), threshold).store_aligned(state.threshold + part);
-            (V::load_aligned(state.sum + part) * factor).store_aligned(state.sum + part);
-            for (index_t column = 0; column < columns_; ++column) {
+        alignas(64) float rise[group_size], scale[group_size];
+        raise_state<float, A>(state, highest, rise, scale);
+        for (index_t column = 0; column < columns_; ++column)
+            for (int part = 0; part < group_size; part += width) {
                 float* const sum = sums + column * group_size + part;
-                (V::load_aligned(sum) * factor).store_aligned(sum);
+                (V::load_aligned(sum) * V::load_aligned(scale + part)).store_aligned(sum);
             }
-        }
     }
 
     /// Scores of keys and queries with numbers that images do not hold.
